@@ -1,0 +1,23 @@
+"""Compress a pretrained diffusion model once, for every device."""
+
+from typing import Any
+
+from ofadiff.allocation import allocate
+from ofadiff.extracted import extracted_class_by_name
+from ofadiff.importance import score_channels
+from ofadiff.rotation import rotate_attention
+from ofadiff.supernet import Supernet
+from ofadiff.unet_elastic import find_channel_groups
+
+__all__ = [
+    "Supernet",
+    "allocate",
+    "find_channel_groups",
+    "rotate_attention",
+    "score_channels",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # diffusers looks up the classes of extracted models here: ofadiff.OFAUNet2DModel and the like.
+    return extracted_class_by_name(name)

@@ -1,0 +1,176 @@
+"""Channel groups: internal channels that exist together, and the part of a weight that a subnet keeps of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The channels of one group along one axis of one module's weights.
+
+    From `start` on, the axis is laid out as `repeats × units × channels`: unit `u` owns, in every repeat `r`, the
+    `channels` entries that begin at `start + (r * units + u) * channels`. So whole GroupNorm groups are
+    `(1, groups, channels per group)`, GEGLU's two halves `(2, neurons, 1)`, the same offset of every head
+    `(heads, head_dim, 1)`.
+
+    Attributes:
+        module: Dotted name of the module in the denoiser.
+        axis: `"out"` for rows of a linear map, output channels of a convolution and channels of a norm (weight and
+            bias); `"in"` for columns or input channels (weight only).
+        units: Units of the group.
+        channels: Entries per unit in one repeat.
+        repeats: How often the layout repeats.
+        start: Where on the axis the group begins.
+        keeps_softmax_scale: The rows make queries. Attention divides by the root of the *active* head dimension, so
+            with k of n units they are multiplied by √(k/n), which leaves the trained softmax scale at every width.
+    """
+
+    module: str
+    axis: Literal["out", "in"]
+    units: int
+    channels: int = 1
+    repeats: int = 1
+    start: int = 0
+    keeps_softmax_scale: bool = False
+
+    @property
+    def length(self) -> int:
+        """Entries of the axis that belong to the group."""
+        return self.repeats * self.units * self.channels
+
+    def indices(self, order: torch.Tensor) -> torch.Tensor:
+        """Entries of the axis, relative to `start`, when the units stand in `order`.
+
+        Args:
+            order: Units, shape `(units,)`, integer.
+
+        Returns:
+            Shape `(length,)`, integer.
+        """
+        entries = torch.arange(self.length, device=order.device).view(self.repeats, self.units, self.channels)
+        return entries[:, order].reshape(-1)
+
+    def per_unit(self, entries: torch.Tensor) -> torch.Tensor:
+        """Sums values along the axis over the entries of each unit: `(axis length, …)` to `(units, …)`."""
+        own = entries.narrow(0, self.start, self.length)
+        return own.unflatten(0, (self.repeats, self.units, self.channels)).sum(dim=(0, 2))
+
+
+# A slice with the number of units that a subnet keeps of it.
+Kept = Sequence[tuple[Slice, int]]
+
+# Sets what a block hard-codes about its width: `resize(block, group, units kept)`.
+Resize = Callable[[nn.Module, "ChannelGroup", int], None]
+
+
+@dataclass
+class ChannelGroup:
+    """Internal channels that exist together: every slice that one internal width cuts.
+
+    Attributes:
+        name: Dotted name of the block whose width this is; unique in the denoiser.
+        kind: `"convolution"`, `"self_attention"`, `"cross_attention"` or `"feed_forward"`.
+        stage: The resolution block B of equation 5, such as `"down_blocks.0"`.
+        slices: Writers (`"out"`), what is carried along (`"out"`) and readers (`"in"`).
+        resize: Sets what the block hard-codes, or None where it hard-codes nothing.
+        rotatable: Whether `rotate_attention` may choose the basis of the units.
+        basis: Set by `rotate_attention`: the matrices `(heads, head_dim, head_dim)` that took the weights into the
+            basis of their singular vectors, by name. The units of a rotated group stand in their final order.
+    """
+
+    name: str
+    kind: str
+    stage: str
+    slices: tuple[Slice, ...]
+    resize: Resize | None = None
+    rotatable: bool = False
+    basis: dict[str, torch.Tensor] | None = None
+
+    @property
+    def reader(self) -> Slice:
+        """The first slice that reads the group's channels."""
+        return next(part for part in self.slices if part.axis == "in")
+
+    @property
+    def width(self) -> int:
+        """Units of the group."""
+        return self.slices[0].units
+
+    @property
+    def channels_per_unit(self) -> int:
+        """Internal channels of one unit: `width * channels_per_unit` is the full internal width."""
+        return self.reader.repeats * self.reader.channels
+
+    def step(self, alignment: int) -> int:
+        """Fewest units that make a multiple of `alignment` channels (for a head-dim offset: of the head dimension)."""
+        return alignment // math.gcd(alignment, self.reader.channels)
+
+
+def active_part(tensor: torch.Tensor, parameter: str, kept: Kept) -> torch.Tensor:
+    """The part of a module's parameter that a subnet uses; a view where the layout allows one.
+
+    Args:
+        tensor: The full parameter.
+        parameter: `"weight"` or `"bias"`.
+        kept: Slices of the module that are not at full width, each with the units kept.
+
+    Returns:
+        The cut parameter, queries scaled as `Slice.keeps_softmax_scale` says.
+    """
+    if not kept:
+        return tensor
+    tensor = _cut(tensor, 0, [entry for entry in kept if entry[0].axis == "out"])
+    if parameter == "weight":
+        tensor = _cut(tensor, 1, [entry for entry in kept if entry[0].axis == "in"])
+    return tensor
+
+
+def _cut(tensor: torch.Tensor, dim: int, kept: Kept) -> torch.Tensor:
+    if not kept:
+        return tensor
+    pieces, position = [], 0
+    for part, units in sorted(kept, key=lambda entry: entry[0].start):
+        if part.start > position:
+            pieces.append(tensor.narrow(dim, position, part.start - position))
+        position = part.start + part.length
+        piece = tensor.narrow(dim, part.start, part.length)
+        if part.repeats == 1:
+            piece = piece.narrow(dim, 0, units * part.channels)
+        else:
+            piece = piece.unflatten(dim, (part.repeats, part.units * part.channels))
+            piece = piece.narrow(dim + 1, 0, units * part.channels).flatten(dim, dim + 1)
+        if part.keeps_softmax_scale:
+            piece = piece * math.sqrt(units / part.units)
+        pieces.append(piece)
+    if position < tensor.shape[dim]:
+        pieces.append(tensor.narrow(dim, position, tensor.shape[dim] - position))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def slices_by_module(groups: Sequence[ChannelGroup]) -> dict[str, list[tuple[str, Slice]]]:
+    """For every module that some group cuts, its slices, each with the name of its group."""
+    found: dict[str, list[tuple[str, Slice]]] = {}
+    for group in groups:
+        for part in group.slices:
+            found.setdefault(part.module, []).append((group.name, part))
+    return found
+
+
+def check_widths(groups: Sequence[ChannelGroup], widths: dict[str, int]) -> None:
+    """Raises ValueError unless `widths` gives every group, and nothing else, between 1 and all of its units."""
+    names = {group.name for group in groups}
+    if names != set(widths):
+        missing, unknown = sorted(names - set(widths)), sorted(set(widths) - names)
+        raise ValueError(f"widths must name every channel group once: missing {missing}, unknown {unknown}")
+    for group in groups:
+        if not 1 <= widths[group.name] <= group.width:
+            raise ValueError(
+                f"width of {group.name} is {widths[group.name]} units; it must lie between 1 and {group.width}"
+            )

@@ -1,0 +1,102 @@
+"""Extracted models: a subnet as a smaller dense diffusers model that stands alone.
+
+`OFA<DiffusersClass>` is a subclass of the stock class whose config carries the widths: it is built empty by the stock
+class, shrunk, and then loaded from safetensors like any diffusers model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+
+from ofadiff.channels import ChannelGroup, active_part, check_widths
+from ofadiff.elastic import kept_by_module, shrink_model
+from ofadiff.unet_elastic import find_channel_groups
+
+# Key of the widths in an extracted model's config.json.
+WIDTHS_KEY = "ofa_widths"
+
+PREFIX = "OFA"
+
+
+class ExtractedModel:
+    """What an extracted model adds to its stock class: its config carries the units that every group keeps."""
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Builds the stock model and shrinks it to the widths in the config.
+
+        Raises:
+            ValueError: If the config carries no widths, or widths that do not fit the model's channel groups.
+        """
+        if isinstance(config, (str, Path)):
+            config = cls.load_config(config)  # type: ignore[attr-defined]
+        config = dict(config)
+        if WIDTHS_KEY not in config:
+            stock = cls.__name__.removeprefix(PREFIX)
+            raise ValueError(f"the config has no {WIDTHS_KEY!r}, so it is no extracted model; load it as {stock}")
+        widths = config.pop(WIDTHS_KEY)
+        model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)  # type: ignore[misc]
+        groups = find_channel_groups(model)
+        check_widths(groups, widths)
+        shrink_model(model, groups, widths)
+        model.register_to_config(**{WIDTHS_KEY: widths})
+        return (model, unused) if return_unused_kwargs else model
+
+
+@functools.cache
+def extracted_class(stock: type[ModelMixin]) -> type[ModelMixin]:
+    """The class of the extracted models of a diffusers denoiser class, `OFA<DiffusersClass>`."""
+    return type(f"{PREFIX}{stock.__name__}", (ExtractedModel, stock), {"__module__": "ofadiff", "__doc__": stock.__doc__})
+
+
+def extracted_class_by_name(name: str) -> type[ModelMixin]:
+    """`OFAUNet2DModel` and the like: what diffusers looks up in `ofadiff` when it loads an extracted model.
+
+    Raises:
+        AttributeError: If there is no diffusers model of that name.
+    """
+    stock = getattr(diffusers, name.removeprefix(PREFIX), None)
+    if not (name.startswith(PREFIX) and isinstance(stock, type) and issubclass(stock, ModelMixin)):
+        raise AttributeError(f"module 'ofadiff' has no attribute {name!r}")
+    return extracted_class(stock)
+
+
+def empty_extracted_model(stock: type[ModelMixin], config: dict[str, Any], widths: dict[str, int]) -> ModelMixin:
+    """An extracted model in eval mode whose parameters are on the meta device, its buffers made."""
+    cls = extracted_class(stock)
+    with init_empty_weights(include_buffers=False):
+        return cls.from_config({**config, "_class_name": cls.__name__, WIDTHS_KEY: dict(widths)}).eval()
+
+
+@torch.no_grad()
+def extract(model: ModelMixin, groups: Sequence[ChannelGroup], widths: dict[str, int]) -> ModelMixin:
+    """Cuts a subnet out of the full weights.
+
+    Args:
+        model: The denoiser with its full parameters, elastic or stock; unchanged.
+        groups: Its channel groups.
+        widths: Units that every group keeps.
+
+    Returns:
+        A stand-alone copy in eval mode, of class `OFA<DiffusersClass>`, on the device and in the dtype of `model`.
+    """
+    small = empty_extracted_model(type(model), dict(model.config), widths)
+    kept = kept_by_module(groups, widths)
+    state = {}
+    for key, tensor in model.state_dict().items():
+        module, _, name = key.rpartition(".")
+        state[key] = active_part(tensor, name, kept.get(module, ())).clone(memory_format=torch.contiguous_format)
+    small.load_state_dict(state, assign=True, strict=True)
+    # Buffers that no state dict holds were made on the CPU, in float32.
+    buffers = dict(model.named_buffers())
+    for name, buffer in small.named_buffers():
+        buffer.data = buffers[name].detach().clone()
+    return small

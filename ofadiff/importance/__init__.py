@@ -1,0 +1,62 @@
+"""Importance of every unit of every channel group, by a criterion from a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ofadiff.channels import ChannelGroup
+from ofadiff.importance.magnitude import magnitude
+from ofadiff.importance.random import random
+from ofadiff.importance.taylor import taylor
+
+__all__ = ["CRITERIA", "score_channels"]
+
+# A new criterion is one file and one line here.
+CRITERIA: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
+    "taylor": taylor,
+    "magnitude": magnitude,
+    "random": random,
+}
+
+# Criteria that look at data: they get the batches and the loss.
+DATA_DRIVEN = frozenset({"taylor"})
+
+
+def score_channels(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    batches: Iterable[Any] | None = None,
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+    criterion: str = "taylor",
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """Scores every unit of every group.
+
+    Args:
+        model: The denoiser, not elastic yet; unchanged afterwards.
+        groups: Its channel groups.
+        batches: What `loss_fn` takes, one batch after the other; only `"taylor"` reads them.
+        loss_fn: `loss_fn(model, batch)` gives the loss of every sample, `(N,)`; only `"taylor"` calls it.
+        criterion: `"taylor"` (equation 4), `"magnitude"` or `"random"`.
+        **options: Options of the criterion, such as `loss_threshold` of `"taylor"` or `seed` of `"random"`.
+
+    Returns:
+        For every group its scores, shape `(width,)`, float32, larger is more important.
+
+    Raises:
+        ValueError: If the criterion is unknown, or needs batches and a loss and gets none.
+
+    Example:
+        >>> scores = score_channels(unet, groups, batches, loss_fn, criterion="taylor")
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion is {criterion!r}; it must be one of {', '.join(sorted(CRITERIA))}")
+    if criterion not in DATA_DRIVEN:
+        return CRITERIA[criterion](model, groups, **options)
+    if batches is None or loss_fn is None:
+        raise ValueError(f"criterion {criterion!r} needs batches and loss_fn")
+    return CRITERIA[criterion](model, groups, batches, loss_fn, **options)

@@ -1,0 +1,12 @@
+"""Which tensors of a group carry its importance."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ofadiff.channels import ChannelGroup, Slice
+
+
+def scored_slices(model: nn.Module, group: ChannelGroup) -> list[Slice]:
+    """The slices of a group's linear maps and convolutions; norms and biases carry no score (equation 4 sums weights)."""
+    return [part for part in group.slices if isinstance(model.get_submodule(part.module), (nn.Linear, nn.Conv2d))]

@@ -1,0 +1,99 @@
+"""Subnets and the table of them, as `ofa_config.json` keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """A size, the units that each group keeps at it, and what that costs.
+
+    Attributes:
+        size: What was asked for: the fraction of the full model's budget, in (0, 1].
+        widths: Units kept, for every channel group by name.
+        params: Parameters of the denoiser at this size.
+        macs: MACs of one forward at this size, batch of one.
+    """
+
+    size: float
+    widths: dict[str, int]
+    params: int
+    macs: int
+
+
+class SizeTable(Sequence[Subnet]):
+    """The subnets of a supernet, from the smallest to the largest; nested.
+
+    Args:
+        subnets: In ascending order of size.
+        budget: What a size is a fraction of: `"params"`, `"macs"` or `"channels"`.
+        min_keep: Smallest share of its units that a group keeps, in (0, 1].
+        full_params: Parameters of the full denoiser.
+        full_macs: MACs of one forward of the full denoiser, batch of one.
+    """
+
+    def __init__(
+        self, subnets: Sequence[Subnet], budget: str, min_keep: float, full_params: int, full_macs: int
+    ) -> None:
+        self.subnets = tuple(subnets)
+        self.budget = budget
+        self.min_keep = min_keep
+        self.full_params = full_params
+        self.full_macs = full_macs
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """The sizes, ascending."""
+        return tuple(subnet.size for subnet in self.subnets)
+
+    def __len__(self) -> int:
+        return len(self.subnets)
+
+    def __iter__(self) -> Iterator[Subnet]:
+        return iter(self.subnets)
+
+    def __getitem__(self, size: Any) -> Subnet:
+        """The subnet of a size: one of `sizes`, `"smallest"` or `"largest"`.
+
+        Raises:
+            ValueError: If there is no such size; lists those there are.
+        """
+        if size == "smallest":
+            return self.subnets[0]
+        if size == "largest":
+            return self.subnets[-1]
+        for subnet in self.subnets:
+            if not isinstance(size, str) and subnet.size == size:
+                return subnet
+        listed = ", ".join(f"{known:g}" for known in self.sizes)
+        raise ValueError(f"size is {size!r}; it must be one of {listed}, 'smallest' or 'largest'")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SizeTable) and self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        rows = (
+            f"{s.size:g}: {s.params / 1e6:.2f} M params ({s.params / self.full_params:.1%}), "
+            f"{s.macs / 1e9:.3f} GMACs ({s.macs / self.full_macs:.1%})"
+            for s in self.subnets
+        )
+        return f"SizeTable(budget={self.budget!r}, min_keep={self.min_keep:g}; {'; '.join(rows)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `ofa_config.json` keeps."""
+        return {
+            "budget": self.budget,
+            "min_keep": self.min_keep,
+            "full_params": self.full_params,
+            "full_macs": self.full_macs,
+            "subnets": [asdict(subnet) for subnet in self.subnets],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SizeTable:
+        """The table that `to_dict` described."""
+        subnets = [Subnet(**subnet) for subnet in values["subnets"]]
+        return cls(subnets, values["budget"], values["min_keep"], values["full_params"], values["full_macs"])

@@ -1,0 +1,244 @@
+"""The supernet: a denoiser whose groups are sorted by importance and can be set to any of its sizes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from safetensors.torch import load_file, save_file
+
+from ofadiff import extracted
+from ofadiff.allocation import check_scores
+from ofadiff.channels import ChannelGroup, check_widths
+from ofadiff.elastic import kept_by_module, make_model_elastic, permute_units
+from ofadiff.sizes import SizeTable
+from ofadiff.unet_elastic import find_channel_groups
+
+CONFIG_NAME = "ofa_config.json"
+BASIS_NAME = "ofa_basis.safetensors"
+FORMAT_VERSION = 1
+
+
+class Supernet:
+    """Sorts a denoiser's groups by importance and makes it elastic, in place; starts at its largest size.
+
+    The model keeps its class, its parameters and its state-dict keys; only its layers now compute with the active part
+    of their weights. At full size it computes what it computed before. A size must not change between a forward and
+    its backward: gradient checkpointing recomputes the forward there.
+
+    Args:
+        model: A diffusers denoiser at full size.
+        groups: Its channel groups, from `find_channel_groups`; those that were rotated are not sorted again.
+        scores: For every group its scores, `(width,)`, larger is more important.
+        subnets: Nested widths, from `allocate`.
+        provenance: What to remember of how it was made (JSON values), such as the criterion and the teacher.
+
+    Raises:
+        ValueError: If scores or widths do not fit the groups, or the model is elastic already.
+
+    Example:
+        >>> supernet = Supernet(unet, groups, scores, subnets)
+        >>> supernet.set_size(0.5)
+        >>> small = supernet.extract(0.5)
+    """
+
+    def __init__(
+        self,
+        model: ModelMixin,
+        groups: Sequence[ChannelGroup],
+        scores: Mapping[str, torch.Tensor],
+        subnets: SizeTable,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        check_scores(groups, scores)
+        for subnet in subnets:
+            check_widths(groups, subnet.widths)
+        basis = {}
+        make_model_elastic(model, groups)
+        for group in groups:
+            if group.basis is None:
+                order = torch.argsort(scores[group.name], descending=True, stable=True).cpu()
+                permute_units(model, group, order)
+                basis[f"{group.name}.permutation"] = order
+            else:
+                for name, matrices in group.basis.items():
+                    basis[f"{group.name}.{name}"] = matrices.cpu()
+        self._build(model, groups, subnets, basis, provenance or {})
+
+    def _build(
+        self,
+        model: ModelMixin,
+        groups: Sequence[ChannelGroup],
+        subnets: SizeTable,
+        basis: dict[str, torch.Tensor],
+        provenance: dict[str, Any],
+    ) -> None:
+        self.model = model
+        self.groups = list(groups)
+        self.subnets = subnets
+        self.basis = basis
+        self.provenance = provenance
+        # Everything that a switch sets, looked up once: a switch then only assigns.
+        self._layers = {
+            subnet.size: [
+                (model.get_submodule(name), kept) for name, kept in kept_by_module(groups, subnet.widths).items()
+            ]
+            for subnet in subnets
+        }
+        self._blocks = [(model.get_submodule(group.name), group) for group in groups if group.resize is not None]
+        self.set_size("largest")
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """The sizes, ascending."""
+        return self.subnets.sizes
+
+    @property
+    def size(self) -> float:
+        """The size that the model is set to."""
+        return self._size
+
+    def set_size(self, size: float | str) -> None:
+        """Sets the model to a size: one of `sizes`, `"smallest"` or `"largest"`.
+
+        Raises:
+            ValueError: If there is no such size; lists those there are. The model then stays as it was.
+        """
+        subnet = self.subnets[size]
+        for layer, kept in self._layers[subnet.size]:
+            layer.kept = kept
+        for block, group in self._blocks:
+            group.resize(block, group, subnet.widths[group.name])  # type: ignore[misc]
+        self._size = subnet.size
+
+    @contextmanager
+    def at(self, size: float | str) -> Iterator[ModelMixin]:
+        """The model at a size for the length of a `with` block; the size from before returns, also on an error.
+
+        Raises:
+            ValueError: If there is no such size.
+        """
+        before = self.size
+        self.set_size(size)
+        try:
+            yield self.model
+        finally:
+            self.set_size(before)
+
+    def extract(self, size: float | str) -> ModelMixin:
+        """A subnet as a stand-alone model of class `OFA<DiffusersClass>`; equal to the supernet at that size.
+
+        Args:
+            size: One of `sizes`, `"smallest"` or `"largest"`.
+
+        Returns:
+            A copy in eval mode, on the model's device, in its dtype.
+
+        Raises:
+            ValueError: If there is no such size.
+        """
+        subnet = self.subnets[size]
+        return extracted.extract(self.model, self.groups, subnet.widths)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Saves a plain diffusers model at full size with `ofa_config.json` and `ofa_basis.safetensors` beside it.
+
+        Args:
+            save_directory: Folder of the denoiser, such as `unet/` of a pipeline; made if it is not there.
+            **kwargs: As in the denoiser's own `save_pretrained`, such as `variant` or `max_shard_size`.
+        """
+        directory = Path(save_directory)
+        self.model.save_pretrained(directory, **kwargs)
+        save_file({name: tensor.contiguous() for name, tensor in self.basis.items()}, directory / BASIS_NAME)
+        values = {
+            "format_version": FORMAT_VERSION,
+            "ofadiff_groups": [_fingerprint(group) for group in self.groups],
+            **self.subnets.to_dict(),
+            "provenance": self.provenance,
+        }
+        (directory / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> Supernet:
+        """Loads what `save_pretrained` wrote.
+
+        Args:
+            directory: Folder of the denoiser: `config.json`, weights, `ofa_config.json`, `ofa_basis.safetensors`.
+            **kwargs: As in the denoiser's own `from_pretrained`, such as `torch_dtype` or `variant`.
+
+        Raises:
+            ValueError: If the folder is no OFA checkpoint, or was made for other channel groups.
+        """
+        directory = Path(directory)
+        values = read_ofa_config(directory)
+        stock = denoiser_class(directory)
+        model = stock.from_pretrained(directory, **kwargs)
+        groups = find_channel_groups(model)
+        _check_fingerprints(groups, values["ofadiff_groups"], directory)
+        make_model_elastic(model, groups)
+        supernet = cls.__new__(cls)
+        supernet._build(
+            model, groups, SizeTable.from_dict(values), load_file(directory / BASIS_NAME), values["provenance"]
+        )
+        return supernet
+
+
+def read_ofa_config(directory: str | Path) -> dict[str, Any]:
+    """What `ofa_config.json` in a denoiser's folder says.
+
+    Raises:
+        ValueError: If there is none, or it was written in another format.
+    """
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{directory} holds no {CONFIG_NAME}, so it is no OFA checkpoint; recipes/compress_ddpm.py makes one"
+        )
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {values.get('format_version')!r}; this ofadiff reads {FORMAT_VERSION}"
+        )
+    return values
+
+
+def denoiser_class(directory: str | Path) -> type[ModelMixin]:
+    """The diffusers class that a denoiser's `config.json` names.
+
+    Raises:
+        ValueError: If there is no `config.json` or it names no diffusers model.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no config.json, so it is no diffusers model")
+    name = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
+    stock = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(stock, type) and issubclass(stock, ModelMixin)):
+        raise ValueError(f"{path} names the class {name!r}, which is no diffusers model")
+    return stock
+
+
+def _fingerprint(group: ChannelGroup) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "kind": group.kind,
+        "stage": group.stage,
+        "width": group.width,
+        "channels_per_unit": group.channels_per_unit,
+    }
+
+
+def _check_fingerprints(groups: Sequence[ChannelGroup], saved: list[dict[str, Any]], directory: Path) -> None:
+    found = [_fingerprint(group) for group in groups]
+    if found != saved:
+        differing = [entry for entry in found if entry not in saved] + [entry for entry in saved if entry not in found]
+        raise ValueError(
+            f"{directory / CONFIG_NAME} was made for other channel groups than this model has; first difference: "
+            f"{differing[0] if differing else 'their order'}"
+        )

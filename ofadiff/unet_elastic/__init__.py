@@ -1,0 +1,85 @@
+"""Finders: one function per kind of block that says which channels exist together, and the table of them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
+from torch import nn
+
+from ofadiff.channels import ChannelGroup
+from ofadiff.unet_elastic.attention import attention_groups
+from ofadiff.unet_elastic.feed_forward import feed_forward_groups
+from ofadiff.unet_elastic.resnet import condition_norm_resnet_groups, resnet_groups
+from ofadiff.unet_elastic.unsupported import UnsupportedBlock
+from ofadiff.unet_elastic.verify import verify_groups
+
+__all__ = ["FINDERS", "UnsupportedBlock", "elastic_parameters", "find_channel_groups", "verify_groups"]
+
+# A new kind of block is one file and one line here. Exact types only: a subclass may compute something else.
+FINDERS: dict[type[nn.Module], Callable[..., list[ChannelGroup]]] = {
+    ResnetBlock2D: resnet_groups,
+    ResnetBlockCondNorm2D: condition_norm_resnet_groups,
+    Attention: attention_groups,
+    FeedForward: feed_forward_groups,
+}
+
+_STAGE = re.compile(r"(?:down_blocks|up_blocks)\.\d+|mid_block")
+
+
+def find_channel_groups(model: nn.Module) -> list[ChannelGroup]:
+    """Every internal width of a denoiser that can shrink.
+
+    Only internal widths are found, so the residual stream, skip connections and block outputs keep their shape.
+
+    Args:
+        model: A diffusers denoiser made of known blocks (`FINDERS`); may be on the meta device.
+
+    Returns:
+        The groups in the order of the model's modules.
+
+    Warns:
+        UserWarning: If blocks of a known kind stay rigid; names them, the reasons and the share that stays elastic.
+
+    Raises:
+        ValueError: If no block of the model is known.
+
+    Example:
+        >>> groups = find_channel_groups(UNet2DModel.from_pretrained("google/ddpm-cifar10-32"))
+        >>> groups[0].name, groups[0].kind, groups[0].width, groups[0].channels_per_unit
+        ('down_blocks.0.resnets.0', 'convolution', 32, 4)
+    """
+    groups: list[ChannelGroup] = []
+    rigid: list[str] = []
+    for name, module in model.named_modules():
+        finder = FINDERS.get(type(module))
+        if finder is None:
+            continue
+        try:
+            groups += finder(name, module, _stage_of(name))
+        except UnsupportedBlock as reason:
+            rigid.append(f"{name} stays rigid: {reason}")
+    if not groups:
+        known = ", ".join(sorted(block.__name__ for block in FINDERS))
+        reasons = f" ({'; '.join(rigid)})" if rigid else ""
+        raise ValueError(f"{type(model).__name__} has no block that can be cut; known blocks are {known}{reasons}")
+    if rigid:
+        share = elastic_parameters(model, groups) / sum(parameter.numel() for parameter in model.parameters())
+        warnings.warn(f"{share:.0%} of the parameters are elastic; {'; '.join(rigid)}", stacklevel=2)
+    return groups
+
+
+def elastic_parameters(model: nn.Module, groups: list[ChannelGroup]) -> int:
+    """Parameters of the modules that some group cuts."""
+    modules = {part.module for group in groups for part in group.slices}
+    return sum(p.numel() for name in modules for p in model.get_submodule(name).parameters(recurse=False))
+
+
+def _stage_of(name: str) -> str:
+    """The resolution block that a module belongs to; outside a UNet's path, its top-level container."""
+    match = _STAGE.match(name)
+    return match.group() if match else name.split(".")[0]
