@@ -2,8 +2,9 @@
 
 Equation 5 keeps C_l = max(min(Î_l · K_B · P · |l|, |l|), P0 · |l|) of layer l, where Î_l is the layer's share of the
 importance in its block B, K_B the number of layers there, P the retention rate and P0 its floor. So unit number w of a
-group is reached when P has grown to w / (Î_l · K_B · |l|). Sorting all steps of all groups by that P gives one sequence;
-every budget is a prefix of it, what a full layer cannot take goes to the others, and subnets nest by construction.
+group is reached when P has grown to w / (Î_l · K_B · |l|). Sorting all steps of all groups by that P gives one
+sequence; every budget is a prefix of it, what a full layer cannot take goes to the others, and subnets nest by
+construction.
 """
 
 from __future__ import annotations
@@ -117,9 +118,7 @@ def _checked_sizes(sizes: Sequence[float]) -> list[float]:
     return ordered
 
 
-def _shares(
-    groups: Sequence[ChannelGroup], scores: Mapping[str, torch.Tensor], by_kind: bool
-) -> dict[str, float]:
+def _shares(groups: Sequence[ChannelGroup], scores: Mapping[str, torch.Tensor], by_kind: bool) -> dict[str, float]:
     """Î_l · K_B of every group: its share of its block's importance, times the groups there (1 on average)."""
     blocks: dict[tuple[str, str], list[ChannelGroup]] = defaultdict(list)
     for group in groups:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -135,23 +135,65 @@ def active_part(tensor: torch.Tensor, parameter: str, kept: Kept) -> torch.Tenso
 def _cut(tensor: torch.Tensor, dim: int, kept: Kept) -> torch.Tensor:
     if not kept:
         return tensor
-    pieces, position = [], 0
+    pieces = []
+    for part, start, length, units in _spans(tensor.shape[dim], kept):
+        piece = tensor.narrow(dim, start, length)
+        if part is not None:
+            if part.repeats > 1:
+                piece = piece.unflatten(dim, (part.repeats, part.units * part.channels))
+                piece = piece.narrow(dim + 1, 0, units * part.channels).flatten(dim, dim + 1)
+            else:
+                piece = piece.narrow(dim, 0, units * part.channels)
+            piece = _scaled(piece, part, units)
+        pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def read_active_part(stored: Any, parameter: str, kept: Kept) -> torch.Tensor:
+    """`active_part` of a parameter that lies in a safetensors file, reading no more than that part.
+
+    Args:
+        stored: What `safe_open(…).get_slice(key)` gives.
+        parameter: `"weight"` or `"bias"`.
+        kept: Slices of the module that are not at full width, each with the units kept.
+    """
+    if not kept:
+        return stored[:]
+    for dim, axis in enumerate(("out", "in")):
+        on_axis = [entry for entry in kept if entry[0].axis == axis]
+        if not on_axis or (dim == 1 and parameter != "weight"):
+            continue
+        pieces = []
+        for part, start, length, units in _spans(stored.get_shape()[dim], on_axis):
+            if part is None:
+                pieces.append(_read(stored, dim, start, length))
+                continue
+            stride = part.units * part.channels
+            for repeat in range(part.repeats):
+                piece = _read(stored, dim, start + repeat * stride, units * part.channels)
+                pieces.append(_scaled(piece, part, units))
+        return torch.cat(pieces, dim)
+    return stored[:]
+
+
+def _read(stored: Any, dim: int, start: int, length: int) -> torch.Tensor:
+    return stored[start : start + length] if dim == 0 else stored[:, start : start + length]
+
+
+def _scaled(rows: torch.Tensor, part: Slice, units: int) -> torch.Tensor:
+    return rows * math.sqrt(units / part.units) if part.keeps_softmax_scale else rows
+
+
+def _spans(length: int, kept: Kept) -> Iterator[tuple[Slice | None, int, int, int]]:
+    """An axis in order: (slice, start, length, units kept), with None for what no slice in `kept` covers."""
+    position = 0
     for part, units in sorted(kept, key=lambda entry: entry[0].start):
         if part.start > position:
-            pieces.append(tensor.narrow(dim, position, part.start - position))
+            yield None, position, part.start - position, 0
+        yield part, part.start, part.length, units
         position = part.start + part.length
-        piece = tensor.narrow(dim, part.start, part.length)
-        if part.repeats == 1:
-            piece = piece.narrow(dim, 0, units * part.channels)
-        else:
-            piece = piece.unflatten(dim, (part.repeats, part.units * part.channels))
-            piece = piece.narrow(dim + 1, 0, units * part.channels).flatten(dim, dim + 1)
-        if part.keeps_softmax_scale:
-            piece = piece * math.sqrt(units / part.units)
-        pieces.append(piece)
-    if position < tensor.shape[dim]:
-        pieces.append(tensor.narrow(dim, position, tensor.shape[dim] - position))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    if position < length:
+        yield None, position, length - position, 0
 
 
 def slices_by_module(groups: Sequence[ChannelGroup]) -> dict[str, list[tuple[str, Slice]]]:

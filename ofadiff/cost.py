@@ -64,9 +64,7 @@ class UnitCosts:
     unit_macs: dict[str, int]
 
 
-def unit_costs(
-    model: nn.Module, groups: Sequence[ChannelGroup], inputs: Mapping[str, Any] | None = None
-) -> UnitCosts:
+def unit_costs(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Mapping[str, Any] | None = None) -> UnitCosts:
     """Costs of the full denoiser and of one unit of each group, from one counted forward.
 
     Args:
@@ -86,7 +84,9 @@ def unit_costs(
     for group in groups:
         # What the block computes outside its children: the two products of an attention.
         block = model.get_submodule(group.name)
-        children = sum(flops.get(f"{root}.{group.name}.{child}", 0) for child in _direct_children(block, flops, group, root))
+        children = sum(
+            flops.get(f"{root}.{group.name}.{child}", 0) for child in _direct_children(block, flops, group, root)
+        )
         params, macs = 0, (flops.get(f"{root}.{group.name}", 0) - children) // 2 // group.width
         for part in group.slices:
             if cut_axes.setdefault(part.module, part.axis) != part.axis:

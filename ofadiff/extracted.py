@@ -7,6 +7,7 @@ class, shrunk, and then loaded from safetensors like any diffusers model.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils.hub_utils import _add_variant
+from safetensors import safe_open
 
-from ofadiff.channels import ChannelGroup, active_part, check_widths
+from ofadiff.channels import ChannelGroup, active_part, check_widths, read_active_part
 from ofadiff.elastic import kept_by_module, shrink_model
 from ofadiff.unet_elastic import find_channel_groups
 
@@ -54,7 +58,9 @@ class ExtractedModel:
 @functools.cache
 def extracted_class(stock: type[ModelMixin]) -> type[ModelMixin]:
     """The class of the extracted models of a diffusers denoiser class, `OFA<DiffusersClass>`."""
-    return type(f"{PREFIX}{stock.__name__}", (ExtractedModel, stock), {"__module__": "ofadiff", "__doc__": stock.__doc__})
+    return type(
+        f"{PREFIX}{stock.__name__}", (ExtractedModel, stock), {"__module__": "ofadiff", "__doc__": stock.__doc__}
+    )
 
 
 def extracted_class_by_name(name: str) -> type[ModelMixin]:
@@ -100,3 +106,59 @@ def extract(model: ModelMixin, groups: Sequence[ChannelGroup], widths: dict[str,
     for name, buffer in small.named_buffers():
         buffer.data = buffers[name].detach().clone()
     return small
+
+
+def load_extracted(
+    directory: str | Path,
+    stock: type[ModelMixin],
+    widths: dict[str, int],
+    torch_dtype: torch.dtype | None = None,
+    variant: str | None = None,
+) -> ModelMixin:
+    """Loads one subnet out of a supernet's folder, reading only the part of every weight that it keeps.
+
+    Args:
+        directory: Folder of the denoiser, as `Supernet.save_pretrained` wrote it.
+        stock: Class of the denoiser.
+        widths: Units that every group keeps.
+        torch_dtype: Dtype of the parameters; float32 by default, as in diffusers.
+        variant: Variant of the weight files, such as `"fp16"`.
+
+    Returns:
+        The extracted model, in eval mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: If the folder holds no safetensors weights of that variant.
+    """
+    directory = Path(directory)
+    small = empty_extracted_model(stock, stock.load_config(directory), widths)
+    kept = kept_by_module(find_channel_groups(stock_on_meta(stock, directory)), widths)
+    state = {}
+    for file, keys in _weight_files(directory, variant).items():
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys() if keys is None else keys:
+                module, _, name = key.rpartition(".")
+                part = read_active_part(weights.get_slice(key), name, kept.get(module, ()))
+                state[key] = part.to(torch_dtype or torch.float32) if part.is_floating_point() else part
+    small.load_state_dict(state, assign=True, strict=True)
+    return small.to(torch_dtype) if torch_dtype is not None else small
+
+
+def stock_on_meta(stock: type[ModelMixin], directory: Path) -> ModelMixin:
+    """The stock model of a folder's config with its parameters on the meta device."""
+    with init_empty_weights(include_buffers=False):
+        return stock.from_config(stock.load_config(directory))
+
+
+def _weight_files(directory: Path, variant: str | None) -> dict[Path, list[str] | None]:
+    """The safetensors files of a model, each with its keys (None for all that are in it)."""
+    index = directory / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
+    if index.is_file():
+        files: dict[Path, list[str] | None] = {}
+        for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(directory / name, []).append(key)  # type: ignore[union-attr]
+        return files
+    single = directory / _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)
+    if not single.is_file():
+        raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}")
+    return {single: None}

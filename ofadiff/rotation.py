@@ -26,8 +26,8 @@ def rotate_attention(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
     Changes nothing at full size. Only groups whose `rotatable` is set are turned: where a norm or a rotary embedding
     stands between the projections and the products, it would change the model. A head whose product has no full rank
     stays as it was. Every turned group gets its `basis`: `"query_key"` M with q ← M q, k ← M⁻ᵀ k, and
-    `"value_output"` N with v ← N v, W_o ← W_o N⁻¹, both `(heads, head_dim, head_dim)` float64. Units of such a group are
-    in their final order, and `Supernet` does not sort them again.
+    `"value_output"` N with v ← N v, W_o ← W_o N⁻¹, both `(heads, head_dim, head_dim)` float64. Units of such a group
+    are in their final order, and `Supernet` does not sort them again.
 
     Args:
         model: The denoiser that the groups were found in, not on the meta device.

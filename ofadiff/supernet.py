@@ -153,12 +153,16 @@ class Supernet:
             save_directory: Folder of the denoiser, such as `unet/` of a pipeline; made if it is not there.
             **kwargs: As in the denoiser's own `save_pretrained`, such as `variant` or `max_shard_size`.
         """
-        directory = Path(save_directory)
-        self.model.save_pretrained(directory, **kwargs)
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.save_metadata(save_directory)
+
+    def save_metadata(self, directory: str | Path) -> None:
+        """Writes `ofa_config.json` and `ofa_basis.safetensors` into a folder that holds the denoiser."""
+        directory = Path(directory)
         save_file({name: tensor.contiguous() for name, tensor in self.basis.items()}, directory / BASIS_NAME)
         values = {
             "format_version": FORMAT_VERSION,
-            "ofadiff_groups": [_fingerprint(group) for group in self.groups],
+            "groups": [_fingerprint(group) for group in self.groups],
             **self.subnets.to_dict(),
             "provenance": self.provenance,
         }
@@ -180,7 +184,7 @@ class Supernet:
         stock = denoiser_class(directory)
         model = stock.from_pretrained(directory, **kwargs)
         groups = find_channel_groups(model)
-        _check_fingerprints(groups, values["ofadiff_groups"], directory)
+        _check_fingerprints(groups, values["groups"], directory)
         make_model_elastic(model, groups)
         supernet = cls.__new__(cls)
         supernet._build(

@@ -8,5 +8,5 @@ from ofadiff.channels import ChannelGroup, Slice
 
 
 def scored_slices(model: nn.Module, group: ChannelGroup) -> list[Slice]:
-    """The slices of a group's linear maps and convolutions; norms and biases carry no score (equation 4 sums weights)."""
+    """The slices of a group's linear maps and convolutions; norms and biases carry no score (eq. 4 sums weights)."""
     return [part for part in group.slices if isinstance(model.get_submodule(part.module), (nn.Linear, nn.Conv2d))]

@@ -58,7 +58,9 @@ def taylor(
             with _Recorder(model, groups) as recorder, torch.enable_grad():
                 loss = loss_fn(model, batch)
                 if loss.ndim != 1:
-                    raise ValueError(f"loss_fn gave a loss of shape {tuple(loss.shape)}; it must be (N,), one per sample")
+                    raise ValueError(
+                        f"loss_fn gave a loss of shape {tuple(loss.shape)}; it must be (N,), one per sample"
+                    )
                 if not torch.isfinite(loss).all():
                     raise ValueError(f"loss_fn gave a loss that is not finite: {loss.detach().tolist()}")
                 loss.sum().backward()

@@ -15,10 +15,10 @@ from ofadiff.channels import ChannelGroup
 from ofadiff.unet_elastic.attention import attention_groups
 from ofadiff.unet_elastic.feed_forward import feed_forward_groups
 from ofadiff.unet_elastic.resnet import condition_norm_resnet_groups, resnet_groups
-from ofadiff.unet_elastic.unsupported import UnsupportedBlock
+from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
 from ofadiff.unet_elastic.verify import verify_groups
 
-__all__ = ["FINDERS", "UnsupportedBlock", "elastic_parameters", "find_channel_groups", "verify_groups"]
+__all__ = ["FINDERS", "UnsupportedBlockError", "elastic_parameters", "find_channel_groups", "verify_groups"]
 
 # A new kind of block is one file and one line here. Exact types only: a subclass may compute something else.
 FINDERS: dict[type[nn.Module], Callable[..., list[ChannelGroup]]] = {
@@ -61,7 +61,7 @@ def find_channel_groups(model: nn.Module) -> list[ChannelGroup]:
             continue
         try:
             groups += finder(name, module, _stage_of(name))
-        except UnsupportedBlock as reason:
+        except UnsupportedBlockError as reason:
             rigid.append(f"{name} stays rigid: {reason}")
     if not groups:
         known = ", ".join(sorted(block.__name__ for block in FINDERS))

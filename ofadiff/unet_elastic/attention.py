@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import (
 from torch import nn
 
 from ofadiff.channels import ChannelGroup, Slice
-from ofadiff.unet_elastic.unsupported import UnsupportedBlock
+from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
 
 # Processors that read the head dimension off the projections, so that any width runs.
 PROCESSORS = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
@@ -22,20 +22,20 @@ def attention_groups(name: str, attn: Attention, stage: str) -> list[ChannelGrou
     """The head-dimension group of an `Attention`; the unit is one offset, the same in every head.
 
     Raises:
-        UnsupportedBlock: If the block has added projections, grouped queries, q/k norms, fused projections or a
+        UnsupportedBlockError: If the block has added projections, grouped queries, q/k norms, fused projections or a
             processor that hard-codes the width.
     """
     if type(attn.processor) not in PROCESSORS:
         accepted = ", ".join(processor.__name__ for processor in PROCESSORS)
-        raise UnsupportedBlock(f"its processor {type(attn.processor).__name__} is none of {accepted}")
+        raise UnsupportedBlockError(f"its processor {type(attn.processor).__name__} is none of {accepted}")
     if attn.fused_projections:
-        raise UnsupportedBlock("its projections are fused; call unfuse_qkv_projections() first")
+        raise UnsupportedBlockError("its projections are fused; call unfuse_qkv_projections() first")
     if attn.added_kv_proj_dim is not None:
-        raise UnsupportedBlock("it has added key and value projections")
+        raise UnsupportedBlockError("it has added key and value projections")
     if attn.norm_q is not None or attn.norm_k is not None:
-        raise UnsupportedBlock("it normalises queries or keys over the head dimension")
+        raise UnsupportedBlockError("it normalises queries or keys over the head dimension")
     if attn.inner_kv_dim != attn.inner_dim:
-        raise UnsupportedBlock(f"its keys have {attn.inner_kv_dim} channels and its queries {attn.inner_dim}")
+        raise UnsupportedBlockError(f"its keys have {attn.inner_kv_dim} channels and its queries {attn.inner_dim}")
 
     head_dim = attn.inner_dim // attn.heads
     slices = (

@@ -1,4 +1,4 @@
-"""Channel groups of residual convolution blocks: `conv1` writes, `norm2` and the time embedding follow, `conv2` reads."""
+"""Channel groups of residual convolution blocks: `conv1` writes, `norm2` and time embedding follow, `conv2` reads."""
 
 from __future__ import annotations
 

@@ -1,0 +1,88 @@
+"""Sampling from a class-conditional `UNet2DModel`: `DDPMPipeline` with `class_labels`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+
+import torch
+from diffusers import DDPMPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class ClassConditionalDDPMPipeline(DDPMPipeline):
+    """`DDPMPipeline` for a `UNet2DModel` with class embeddings, with any diffusers scheduler.
+
+    diffusers has no pipeline class for such a model; on disk it stays a `DDPMPipeline` of the same components.
+
+    Args:
+        unet: A `UNet2DModel` whose config has `num_class_embeds`.
+        scheduler: A diffusers scheduler.
+
+    Example:
+        >>> pipeline = ClassConditionalDDPMPipeline(unet, DDIMScheduler())
+        >>> images = pipeline(class_labels=[3, 5], num_inference_steps=50).images
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 1000,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Samples one image for every label.
+
+        Args:
+            class_labels: Class of each image, `(N,)`, integers in [0, num_class_embeds).
+            generator: One generator, or one for each image.
+            num_inference_steps: Denoising steps.
+            output_type: `"pil"`, `"np"` (`(N, H, W, C)` in [0, 1]) or `"pt"` (`(N, C, H, W)` in [0, 1]).
+            return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
+
+        Returns:
+            The images.
+
+        Raises:
+            ValueError: If labels are missing or out of range, or `output_type` is none of the three.
+        """
+        config = self.unet.config
+        labels = torch.as_tensor(class_labels, dtype=torch.long, device=self._execution_device)
+        if labels.ndim != 1 or len(labels) == 0:
+            raise ValueError(f"class_labels have shape {tuple(labels.shape)}; it must be (N,), one label per image")
+        if labels.min() < 0 or labels.max() >= config.num_class_embeds:
+            raise ValueError(f"class_labels are {labels.tolist()}; each must lie in [0, {config.num_class_embeds})")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (len(labels), config.in_channels, height, width)
+        image = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps)
+        image = image * self.scheduler.init_noise_sigma
+        extra = self.prepare_step_arguments(generator)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            model_input = self.scheduler.scale_model_input(image, t)
+            model_output = self.unet(model_input, t, class_labels=labels).sample
+            image = self.scheduler.step(model_output, t, image, **extra).prev_sample
+        image = (image / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            image = image.cpu().permute(0, 2, 3, 1).float().numpy()
+            if output_type == "pil":
+                image = self.numpy_to_pil(image)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+    def to_json_string(self) -> str:
+        """The pipeline's config; it names `DDPMPipeline`, so that plain diffusers loads the folder."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = DDPMPipeline.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def prepare_step_arguments(self, generator: torch.Generator | list[torch.Generator] | None) -> dict:
+        """The generator, for schedulers whose step draws noise."""
+        accepts = "generator" in inspect.signature(self.scheduler.step).parameters
+        return {"generator": generator} if accepts else {}

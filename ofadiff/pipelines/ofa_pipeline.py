@@ -1,0 +1,198 @@
+"""`OFAPipeline`: the user's own diffusers pipeline class, with sizes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline, ModelMixin
+
+from ofadiff.extracted import load_extracted
+from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
+from ofadiff.sizes import SizeTable
+from ofadiff.supernet import CONFIG_NAME, Supernet, denoiser_class, read_ofa_config
+
+
+class OFAPipeline:
+    """A diffusers pipeline around a supernet: the checkpoint's own pipeline class, `size=` added to its call.
+
+    `OFAPipeline.from_pretrained` makes it. Everything else is as in that class: schedulers, callbacks, devices, other
+    components.
+
+    Example:
+        >>> pipeline = OFAPipeline.from_pretrained("my-ofa-checkpoint")
+        >>> pipeline.sizes
+        (0.4, 0.6, 0.8, 1.0)
+        >>> images = pipeline(size=0.6).images
+    """
+
+    supernet: Supernet | None
+    subnets: SizeTable
+    _denoiser_name: str
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, size: float | str | None = None, **kwargs: Any
+    ) -> Any:
+        """Loads an OFA checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a hub repository, of a diffusers pipeline whose denoiser is a
+                supernet.
+            size: Load only this size's weights: one of the checkpoint's sizes, `"smallest"` or `"largest"`. The
+                pipeline then has this size alone. By default the whole supernet, set to its largest size.
+            **kwargs: Every other argument as in the pipeline class's own `from_pretrained`.
+
+        Returns:
+            An instance of the checkpoint's own pipeline class that is an `OFAPipeline` too.
+
+        Raises:
+            ValueError: If the checkpoint is no OFA checkpoint, or has no such size.
+
+        Example:
+            >>> OFAPipeline.from_pretrained("my-ofa-checkpoint", size=0.6, torch_dtype=torch.bfloat16)
+        """
+        directory = _local_folder(pretrained_model_name_or_path, kwargs)
+        name = find_denoiser(directory)
+        subnets = SizeTable.from_dict(read_ofa_config(directory / name))
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        if isinstance(dtype, dict):
+            dtype = dtype.get(name, dtype.get("default", torch.float32))
+        variant = kwargs.get("variant")
+        if size is None:
+            supernet = Supernet.from_pretrained(directory / name, torch_dtype=dtype, variant=variant)
+            denoiser = supernet.model
+        else:
+            subnet = subnets[size]
+            supernet = None
+            subnets = SizeTable([subnet], subnets.budget, subnets.min_keep, subnets.full_params, subnets.full_macs)
+            stock = denoiser_class(directory / name)
+            denoiser = load_extracted(directory / name, stock, subnet.widths, torch_dtype=dtype, variant=variant)
+        pipeline_class = ofa_pipeline_class(_stock_pipeline_class(directory, denoiser))
+        # The class's own loader, with the denoiser given: diffusers then loads everything but that.
+        load = super(OFAPipeline, pipeline_class).from_pretrained
+        pipeline = load(directory, **{name: denoiser}, **kwargs)
+        pipeline.supernet, pipeline.subnets, pipeline._denoiser_name = supernet, subnets, name
+        return pipeline
+
+    def __call__(self, *args: Any, size: float | str | None = None, **kwargs: Any) -> Any:
+        """The pipeline's own call; `size` holds for this call only.
+
+        Raises:
+            ValueError: If there is no such size.
+        """
+        if size is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if self.supernet is None:
+            self.set_size(size)
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with self.supernet.at(size):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """The sizes that can be sampled, ascending."""
+        return self.subnets.sizes
+
+    @property
+    def size(self) -> float:
+        """The size that a call without `size=` samples at."""
+        return self.sizes[0] if self.supernet is None else self.supernet.size
+
+    def set_size(self, size: float | str) -> None:
+        """Sets the size that calls without `size=` sample at.
+
+        Raises:
+            ValueError: If there is no such size; a pipeline that was loaded with `size=` has only that one.
+        """
+        subnet = self.subnets[size]
+        if self.supernet is not None:
+            self.supernet.set_size(subnet.size)
+
+    def extract(self, size: float | str) -> DiffusionPipeline:
+        """A plain diffusers pipeline around the extracted denoiser; it shares the other components.
+
+        Raises:
+            ValueError: If there is no such size.
+        """
+        subnet = self.subnets[size]
+        denoiser = self.components[self._denoiser_name] if self.supernet is None else self.supernet.extract(subnet.size)  # type: ignore[attr-defined]
+        return self._stock_pipeline(**{self._denoiser_name: denoiser})
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As in diffusers; the denoiser's folder gets the supernet's `ofa_config.json` and basis too."""
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        if self.supernet is not None:
+            self.supernet.save_metadata(Path(save_directory) / self._denoiser_name)
+
+    def _stock_pipeline(self, **replaced: ModelMixin) -> DiffusionPipeline:
+        stock = type(self).__mro__[2]
+        _, optional = stock._get_signature_keys(stock)  # type: ignore[attr-defined]
+        options = {name: self.config[name] for name in optional if name in self.config}  # type: ignore[attr-defined]
+        return stock(**{**self.components, **options, **replaced})  # type: ignore[attr-defined]
+
+
+@functools.cache
+def ofa_pipeline_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """A diffusers pipeline class with `size=` in its call.
+
+    It carries the name of the stock class, which is what diffusers writes into `model_index.json`: the folder stays
+    one that plain diffusers loads.
+    """
+    call = inspect.signature(stock.__call__)
+    size = inspect.Parameter("size", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | str | None")
+    parameters = [p for p in call.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in call.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return OFAPipeline.__call__(self, *args, **kwargs)
+
+    __call__.__signature__ = call.replace(parameters=[*parameters, size, *rest])  # type: ignore[attr-defined]
+    __call__.__doc__ = f"{stock.__call__.__doc__}\n\n`size` is one of the pipeline's `sizes`, for this call only."
+    namespace = {
+        "__module__": stock.__module__,
+        "__qualname__": f"OFAPipeline[{stock.__name__}]",
+        "__doc__": stock.__doc__,
+    }
+    return type(stock.__name__, (OFAPipeline, stock), {**namespace, "__call__": __call__})
+
+
+def find_denoiser(directory: str | Path) -> str:
+    """Name of the component in a pipeline folder that is a supernet.
+
+    Raises:
+        ValueError: If the folder is no diffusers pipeline, or none of its components is a supernet.
+    """
+    directory = Path(directory)
+    if not (directory / "model_index.json").is_file():
+        raise ValueError(f"{directory} holds no model_index.json, so it is no diffusers pipeline folder")
+    for folder in sorted(directory.iterdir()):
+        if (folder / CONFIG_NAME).is_file():
+            return folder.name
+    raise ValueError(
+        f"{directory} holds no {CONFIG_NAME} in any component, so it is no OFA checkpoint; "
+        "recipes/compress_ddpm.py makes one"
+    )
+
+
+def _local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    keys = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "variant")
+    return Path(DiffusionPipeline.download(str(name_or_path), **{key: kwargs[key] for key in keys if key in kwargs}))
+
+
+def _stock_pipeline_class(directory: Path, denoiser: ModelMixin) -> type[DiffusionPipeline]:
+    index = directory / "model_index.json"
+    name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    stock = getattr(diffusers, name, None)
+    if not (isinstance(stock, type) and issubclass(stock, DiffusionPipeline)):
+        raise ValueError(f"{index} names the pipeline class {name!r}, which diffusers does not have")
+    if stock is DDPMPipeline and denoiser.config.num_class_embeds is not None:
+        return ClassConditionalDDPMPipeline
+    return stock
