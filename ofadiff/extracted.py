@@ -72,12 +72,12 @@ def extracted_class_by_name(name: str) -> type[ModelMixin]:
     stock = getattr(diffusers, name.removeprefix(PREFIX), None)
     if not (name.startswith(PREFIX) and isinstance(stock, type) and issubclass(stock, ModelMixin)):
         raise AttributeError(f"module 'ofadiff' has no attribute {name!r}")
-    return extracted_class(stock)
+    return extracted_class(stock)  # type: ignore[arg-type]
 
 
 def empty_extracted_model(stock: type[ModelMixin], config: dict[str, Any], widths: dict[str, int]) -> ModelMixin:
     """An extracted model in eval mode whose parameters are on the meta device, its buffers made."""
-    cls = extracted_class(stock)
+    cls = extracted_class(stock)  # type: ignore[arg-type]
     with init_empty_weights(include_buffers=False):
         return cls.from_config({**config, "_class_name": cls.__name__, WIDTHS_KEY: dict(widths)}).eval()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, overload
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,17 @@ class SizeTable(Sequence[Subnet]):
     def __iter__(self) -> Iterator[Subnet]:
         return iter(self.subnets)
 
-    def __getitem__(self, size: Any) -> Subnet:
+    @overload
+    def __getitem__(self, key: int | float | str) -> Subnet: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Subnet, ...]: ...
+
+    def __getitem__(self, key: int | float | str | slice) -> Subnet | tuple[Subnet, ...]:
+        """By position, as in any sequence, for an int; by size for a float or a name (see `find`)."""
+        return self.subnets[key] if isinstance(key, (int, slice)) else self.find(key)
+
+    def find(self, size: float | str) -> Subnet:
         """The subnet of a size: one of `sizes`, `"smallest"` or `"largest"`.
 
         Raises:
@@ -66,7 +76,7 @@ class SizeTable(Sequence[Subnet]):
         if size == "largest":
             return self.subnets[-1]
         for subnet in self.subnets:
-            if not isinstance(size, str) and subnet.size == size:
+            if subnet.size == size:
                 return subnet
         listed = ", ".join(f"{known:g}" for known in self.sizes)
         raise ValueError(f"size is {size!r}; it must be one of {listed}, 'smallest' or 'largest'")

@@ -110,7 +110,7 @@ class Supernet:
         Raises:
             ValueError: If there is no such size; lists those there are. The model then stays as it was.
         """
-        subnet = self.subnets[size]
+        subnet = self.subnets.find(size)
         for layer, kept in self._layers[subnet.size]:
             layer.kept = kept
         for block, group in self._blocks:
@@ -143,7 +143,7 @@ class Supernet:
         Raises:
             ValueError: If there is no such size.
         """
-        subnet = self.subnets[size]
+        subnet = self.subnets.find(size)
         return extracted.extract(self.model, self.groups, subnet.widths)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:

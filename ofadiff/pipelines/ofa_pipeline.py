@@ -68,14 +68,14 @@ class OFAPipeline:
             supernet = Supernet.from_pretrained(directory / name, torch_dtype=dtype, variant=variant)
             denoiser = supernet.model
         else:
-            subnet = subnets[size]
+            subnet = subnets.find(size)
             supernet = None
             subnets = SizeTable([subnet], subnets.budget, subnets.min_keep, subnets.full_params, subnets.full_macs)
             stock = denoiser_class(directory / name)
             denoiser = load_extracted(directory / name, stock, subnet.widths, torch_dtype=dtype, variant=variant)
-        pipeline_class = ofa_pipeline_class(_stock_pipeline_class(directory, denoiser))
+        pipeline_class = ofa_pipeline_class(_stock_pipeline_class(directory, denoiser))  # type: ignore[arg-type]
         # The class's own loader, with the denoiser given: diffusers then loads everything but that.
-        load = super(OFAPipeline, pipeline_class).from_pretrained
+        load = super(OFAPipeline, pipeline_class).from_pretrained  # type: ignore[misc]
         pipeline = load(directory, **{name: denoiser}, **kwargs)
         pipeline.supernet, pipeline.subnets, pipeline._denoiser_name = supernet, subnets, name
         return pipeline
@@ -110,7 +110,7 @@ class OFAPipeline:
         Raises:
             ValueError: If there is no such size; a pipeline that was loaded with `size=` has only that one.
         """
-        subnet = self.subnets[size]
+        subnet = self.subnets.find(size)
         if self.supernet is not None:
             self.supernet.set_size(subnet.size)
 
@@ -120,7 +120,7 @@ class OFAPipeline:
         Raises:
             ValueError: If there is no such size.
         """
-        subnet = self.subnets[size]
+        subnet = self.subnets.find(size)
         denoiser = self.components[self._denoiser_name] if self.supernet is None else self.supernet.extract(subnet.size)  # type: ignore[attr-defined]
         return self._stock_pipeline(**{self._denoiser_name: denoiser})
 

@@ -1,0 +1,126 @@
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_supernet, make_unet, output, plain_unet, random_inputs
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+
+from ofadiff import OFAPipeline
+from ofadiff.pipelines import ClassConditionalDDPMPipeline
+
+
+def sample(pipeline, **arguments):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(index) for index in range(2)]
+    if pipeline.unet.config.num_class_embeds is not None:
+        arguments["class_labels"] = [3, 5]
+    else:
+        arguments["batch_size"] = 2
+    return torch.from_numpy(pipeline(generator=generator, num_inference_steps=2, output_type="np", **arguments).images)
+
+
+def checkpoint(folder, unet):
+    supernet = make_supernet(unet, sizes=(0.5, 1.0))
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    supernet.save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(params=["plain", "scale_shift"])
+def folder(request, tmp_path):
+    return checkpoint(tmp_path / "checkpoint", make_unet(request.param))
+
+
+def test_it_is_the_checkpoint_s_own_pipeline_class(folder):
+    pipeline = OFAPipeline.from_pretrained(folder)
+    assert isinstance(pipeline, OFAPipeline) and isinstance(pipeline, DDPMPipeline)
+    assert pipeline.sizes == (0.5, 1.0) and pipeline.size == 1.0
+    assert "size" in inspect.signature(pipeline.__call__).parameters
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    assert sample(pipeline).shape == (2, 16, 16, 3)
+
+
+def test_size_holds_for_one_call(folder):
+    pipeline = OFAPipeline.from_pretrained(folder)
+    full = sample(pipeline)
+    small = sample(pipeline, size=0.5)
+    assert pipeline.size == 1.0 and torch.equal(sample(pipeline), full)
+    assert not torch.equal(small, full)
+    assert torch.equal(sample(pipeline, size="smallest"), small)
+    with pytest.raises(TypeError, match="no_such_argument"):
+        pipeline(size=0.5, no_such_argument=1)
+    assert pipeline.size == 1.0
+    pipeline.set_size(0.5)
+    assert torch.equal(sample(pipeline), small)
+
+
+def test_extracting_and_loading_one_size_give_the_same_images(folder, tmp_path):
+    pipeline = OFAPipeline.from_pretrained(folder)
+    small = sample(pipeline, size=0.5)
+    extracted = pipeline.extract(0.5)
+    assert not isinstance(extracted, OFAPipeline) and torch.equal(sample(extracted), small)
+    one = OFAPipeline.from_pretrained(folder, size=0.5)
+    assert one.sizes == (0.5,) and one.size == 0.5 and torch.equal(sample(one), small)
+    assert torch.equal(sample(one.extract(0.5)), small)
+    with pytest.raises(ValueError, match=r"size is 1\.0; it must be one of 0\.5"):
+        one(size=1.0)
+
+
+def test_plain_diffusers_loads_an_extracted_pipeline(folder, tmp_path):
+    pipeline = OFAPipeline.from_pretrained(folder)
+    pipeline.extract(0.5).save_pretrained(tmp_path / "small")
+    index = json.loads((tmp_path / "small" / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline" and index["unet"] == ["ofadiff", "OFAUNet2DModel"]
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "small")
+    assert type(plain) is DDPMPipeline
+    inputs = random_inputs(plain.unet)
+    with pipeline.supernet.at(0.5) as unet:
+        assert torch.equal(output(plain.unet, inputs), output(unet, inputs))
+
+
+def test_diffusers_without_ofadiff_loads_the_checkpoint_at_full_size(folder):
+    script = (
+        "import sys, torch; from diffusers import DiffusionPipeline, UNet2DModel; "
+        f"p = DiffusionPipeline.from_pretrained({str(folder)!r}); "
+        "assert type(p.unet) is UNet2DModel and 'ofadiff' not in sys.modules; "
+        "print(float(sum(v.double().sum() for v in p.unet.state_dict().values())))"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    state = OFAPipeline.from_pretrained(folder).unet.state_dict()
+    assert float(printed) == pytest.approx(float(sum(value.double().sum() for value in state.values())))
+
+
+def test_saving_keeps_the_sizes(folder, tmp_path):
+    pipeline = OFAPipeline.from_pretrained(folder)
+    pipeline.save_pretrained(tmp_path / "again")
+    again = OFAPipeline.from_pretrained(tmp_path / "again")
+    assert torch.equal(sample(again, size=0.5), sample(pipeline, size=0.5))
+
+
+@pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")
+def test_dtype_and_variant(folder, tmp_path):
+    OFAPipeline.from_pretrained(folder, torch_dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    for size in (None, 0.5):
+        loaded = OFAPipeline.from_pretrained(tmp_path / "half", size=size, variant="fp16", torch_dtype=torch.bfloat16)
+        assert loaded.unet.dtype == torch.bfloat16
+
+
+def test_bad_input(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"size is 0\.3; it must be one of 0\.5, 1"):
+        OFAPipeline.from_pretrained(folder, size=0.3)
+    with pytest.raises(ValueError, match=r"no model_index\.json"):
+        OFAPipeline.from_pretrained(tmp_path)
+    DDPMPipeline(plain_unet(), DDPMScheduler()).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"holds no ofa_config\.json .*compress_ddpm\.py makes one"):
+        OFAPipeline.from_pretrained(tmp_path / "plain")
+
+
+def test_class_labels_are_checked():
+    pipeline = ClassConditionalDDPMPipeline(make_unet("scale_shift"), DDPMScheduler())
+    with pytest.raises(ValueError, match=r"each must lie in \[0, 10\)"):
+        pipeline(class_labels=[10])
+    with pytest.raises(ValueError, match="one label per image"):
+        pipeline(class_labels=[])
