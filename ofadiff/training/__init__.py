@@ -1,0 +1,1 @@
+"""Joint training of a supernet: data, losses, distillation, checkpoints and the loop."""

@@ -1,0 +1,178 @@
+"""Checkpoints of a training run, in safetensors and JSON, from which it goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ofadiff.supernet import Supernet
+
+DENOISER = "denoiser"
+
+
+@dataclass
+class TrainingState:
+    """Everything about a run that a checkpoint holds.
+
+    Attributes:
+        supernet: With the weights in training, not their average.
+        ema: The average of the weights.
+        optimizer: Over the supernet's parameters.
+        lr_scheduler: The optimizer's learning rate.
+        scaler: Gradient scaler, in float16 only.
+        run: Plain values on which the order of sizes, samples and noise depends; a resumed run must have the same.
+        step: Optimizer steps made.
+        seconds: Time they took.
+        history: Validation losses, {step: {size: loss}}.
+    """
+
+    supernet: Supernet
+    ema: EMAModel
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    seconds: float = 0.0
+    history: dict[int, dict[float, float]] = field(default_factory=dict)
+
+
+def save_checkpoint(state: TrainingState, output_dir: str | Path, total_limit: int | None = None) -> Path:
+    """Writes `checkpoint-{step}` into a folder, and removes the oldest ones beyond `total_limit`.
+
+    The checkpoint is made under a hidden name and then renamed: a killed run leaves whole checkpoints only.
+
+    Returns:
+        The checkpoint's folder. Its `denoiser/` is a supernet's folder, for `Supernet.from_pretrained`.
+    """
+    output_dir = Path(output_dir)
+    checkpoint = output_dir / f"checkpoint-{state.step}"
+    unfinished = output_dir / f".checkpoint-{state.step}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+
+    state.supernet.save_pretrained(unfinished / DENOISER)
+    save_file(_by_name(state), unfinished / "ema.safetensors")
+    optimizer = state.optimizer.state_dict()
+    moments = {
+        f"{index}.{name}": value.contiguous()
+        for index, values in optimizer["state"].items()
+        for name, value in values.items()
+    }
+    save_file(moments, unfinished / "optimizer.safetensors")
+    rest = {
+        "run": state.run,
+        "step": state.step,
+        "seconds": state.seconds,
+        "history": state.history,
+        "ema_steps": state.ema.optimization_step,
+        "param_groups": optimizer["param_groups"],
+        "lr_scheduler": state.lr_scheduler.state_dict(),
+        "scaler": None if state.scaler is None else state.scaler.state_dict(),
+    }
+    (unfinished / "state.json").write_text(json.dumps(rest, indent=2) + "\n")
+
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    os.replace(unfinished, checkpoint)
+    if total_limit is not None:
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
+    return checkpoint
+
+
+def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
+    """Brings a freshly built state to where the checkpoint was written.
+
+    Raises:
+        ValueError: If this is no checkpoint, or one of another run: other sizes, widths, order of channels, seed, ….
+    """
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / "state.json").is_file():
+        raise ValueError(f"{checkpoint} is not a checkpoint: it has no state.json")
+    saved = json.loads((checkpoint / "state.json").read_text())
+    for name in sorted(saved["run"].keys() | state.run.keys()):
+        _check(checkpoint, name, saved["run"].get(name), state.run.get(name))
+    _load_supernet(state.supernet, checkpoint)
+
+    averages = load_file(checkpoint / "ema.safetensors")
+    for name, average in _by_name(state).items():
+        average.copy_(averages[name])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
+        index, name = key.split(".")
+        moments.setdefault(int(index), {})[name] = value
+    state.optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
+    state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+    if state.scaler is not None:
+        state.scaler.load_state_dict(saved["scaler"])
+    state.ema.optimization_step = saved["ema_steps"]
+    state.step = saved["step"]
+    state.seconds = saved["seconds"]
+    state.history = {
+        int(step): {float(size): loss for size, loss in losses.items()} for step, losses in saved["history"].items()
+    }
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints in a folder, by step."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(steps, key=lambda path: steps[path])
+
+
+def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        output_dir: The run's folder.
+        resume: `"latest"`, a checkpoint's folder, or None.
+
+    Returns:
+        None where `resume` is, and for `"latest"` where there is none yet.
+
+    Raises:
+        ValueError: If the named folder is not a checkpoint.
+    """
+    if resume is None:
+        return None
+    if resume == "latest":
+        return next(reversed(list_checkpoints(output_dir)), None)
+    if not (Path(resume) / "state.json").is_file():
+        raise ValueError(f"{resume} is not a checkpoint to resume from; expected a checkpoint-N folder, or 'latest'")
+    return Path(resume)
+
+
+def _by_name(state: TrainingState) -> dict[str, Tensor]:
+    names = [name for name, _ in state.supernet.model.named_parameters()]
+    return dict(zip(names, state.ema.shadow_params, strict=True))
+
+
+def _load_supernet(supernet: Supernet, checkpoint: Path) -> None:
+    saved = Supernet.from_pretrained(checkpoint / DENOISER)
+    _check(checkpoint, "sizes", saved.sizes, supernet.sizes)
+    for theirs, ours in zip(saved.subnets, supernet.subnets, strict=True):
+        for group, width in ours.widths.items():
+            _check(checkpoint, f"width of {group} at size {ours.size:g}", theirs.widths.get(group), width)
+    if saved.basis.keys() != supernet.basis.keys() or not all(
+        torch.equal(saved.basis[name], supernet.basis[name].cpu()) for name in saved.basis
+    ):
+        raise ValueError(
+            f"cannot resume from {checkpoint}: its channels are in another order or basis than this run's; build the "
+            f"supernet with Supernet.from_pretrained({str(checkpoint / DENOISER)!r})"
+        )
+    supernet.model.load_state_dict(saved.model.state_dict())
+
+
+def _check(checkpoint: Path, name: str, saved: Any, given: Any) -> None:
+    if saved != given:
+        raise ValueError(f"cannot resume from {checkpoint}: its {name} is {saved}, this run's is {given}")

@@ -1,0 +1,237 @@
+"""Joint training of all subnets: one subnet per step, taught by the data and by the original model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from diffusers.training_utils import EMAModel
+from torch import nn
+from tqdm.auto import tqdm
+
+from ofadiff.reweight import sample_size
+from ofadiff.supernet import Supernet
+from ofadiff.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from ofadiff.training.data import ImageData, fixed_batches, load_batches, step_batches
+from ofadiff.training.distill import block_outputs, distillation_loss
+from ofadiff.training.losses import Batch, Prepare, denoising_loss, mean_squared_error, predict
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run reports.
+
+    Attributes:
+        steps: Optimizer steps made.
+        seconds: Time they took, validation included, over all resumed parts of the run.
+        history: Validation losses of the averaged weights, {step: {size: loss}}, from step 0 (before training) on.
+        teacher_loss: The teacher's loss on the same noisy images, or None without a teacher or validation data.
+    """
+
+    steps: int
+    seconds: float
+    history: dict[int, dict[float, float]]
+    teacher_loss: float | None
+
+
+def train(
+    supernet: Supernet,
+    train_data: ImageData,
+    validation_data: ImageData | None,
+    prepare: Prepare,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    *,
+    max_train_steps: int,
+    train_batch_size: int,
+    seed: int = 0,
+    strategy: str = "linear",
+    teacher: nn.Module | None = None,
+    distill_weight: float = 1.0,
+    feature_distill_weight: float = 0.0,
+    max_grad_norm: float = 1.0,
+    ema_decay: float = 0.9999,
+    validation_steps: int | None = None,
+    validation_samples: int = 512,
+    on_validation: Callable[[int], None] | None = None,
+    checkpointing_steps: int | None = None,
+    checkpoints_total_limit: int | None = None,
+    resume_from: str | Path | None = None,
+    num_workers: int = 0,
+) -> TrainingResult:
+    """Trains a supernet in place; at the end its weights are their exponential moving average.
+
+    Every step draws one size (equation 6) and trains that subnet alone, on the denoising loss plus the distance to the
+    teacher. Sizes, samples and noise depend on the seed and the step only, so processes agree, and a run that is killed
+    and resumed ends with the same weights. Dropout follows: the global random state is reseeded before every forward.
+
+    Args:
+        supernet: What is trained.
+        train_data: Samples by key, see `ofadiff.training.data`.
+        validation_data: Held-out samples, or None for no validation.
+        prepare: Makes the denoiser's inputs of a batch, such as `prepare_pixels` with its scheduler bound.
+        optimizer: Over `supernet.model.parameters()`.
+        lr_scheduler: Of that optimizer; advanced once per optimizer step.
+        accelerator: Devices, precision, gradient accumulation and trackers.
+        output_dir: Where checkpoints go.
+        max_train_steps: Optimizer steps of the whole run.
+        train_batch_size: Samples per process and micro-step.
+        seed: Of sizes, samples and noise.
+        strategy: How sizes are drawn, a name of `ofadiff.reweight.STRATEGIES`.
+        teacher: The original denoiser, or None for no distillation.
+        distill_weight: Of the distance to the teacher's prediction.
+        feature_distill_weight: Of the relative distance to the outputs of the teacher's blocks.
+        max_grad_norm: Gradients are clipped to this norm.
+        ema_decay: The average's largest decay; early steps use a smaller one, so that short runs average well too.
+        validation_steps: Steps between validations; there is always one before the first and one after the last step.
+        validation_samples: Noisy images of each validation, the same ones every time.
+        on_validation: Called on the main process with the step, while `supernet` has its averaged weights.
+        checkpointing_steps: Steps between checkpoints, or None for none.
+        checkpoints_total_limit: Older checkpoints are removed.
+        resume_from: A checkpoint of this run.
+        num_workers: Processes that load images, per training process.
+
+    Raises:
+        ValueError: If the strategy is unknown, or the checkpoint is another run's.
+        RuntimeError: If the loss is not finite.
+    """
+    sample_size(supernet.sizes, 0, seed, strategy)  # an unknown strategy is an error now, not after the validation
+    model, optimizer = accelerator.prepare(supernet.model, optimizer)
+    device, micro_steps = accelerator.device, accelerator.gradient_accumulation_steps
+    watched = tuple(dict.fromkeys(group.stage for group in supernet.groups)) if feature_distill_weight else ()
+    if teacher is not None:
+        teacher.to(device).requires_grad_(False).eval()
+
+    ema = EMAModel(supernet.model.parameters(), decay=ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
+    state = TrainingState(
+        supernet,
+        ema,
+        optimizer,
+        lr_scheduler,
+        accelerator.scaler,
+        run={
+            "seed": seed,
+            "strategy": strategy,
+            "samples per step": micro_steps * accelerator.num_processes * train_batch_size,
+            "training images": len(train_data),
+        },
+    )
+    if resume_from is not None:
+        load_checkpoint(state, resume_from)
+
+    validation_batches: list[Batch] = []
+    teacher_loss = None
+    if validation_data is not None:
+        share = accelerator.process_index, accelerator.num_processes
+        loader = fixed_batches(validation_data, validation_samples, train_batch_size, seed, "validation", *share)
+        validation_batches = list(loader)
+        if teacher is not None:
+            with accelerator.autocast():
+                teacher_loss = validation_loss(teacher, validation_batches, prepare, accelerator)
+
+    def validate(step: int) -> None:
+        supernet.model.eval()
+        with averaged_weights(ema, supernet.model):
+            if validation_batches:
+                losses = {}
+                for size in supernet.sizes:
+                    with supernet.at(size):
+                        losses[size] = validation_loss(supernet.model, validation_batches, prepare, accelerator)
+                state.history[step] = losses
+                accelerator.log({f"validation_loss/{size:g}": loss for size, loss in losses.items()}, step)
+            if on_validation is not None and accelerator.is_main_process:
+                on_validation(step)
+        supernet.model.train()
+        accelerator.wait_for_everyone()
+
+    started = time.perf_counter() - state.seconds
+    if state.step == 0:
+        validate(0)
+    steps = range(state.step, max_train_steps)
+    share = accelerator.process_index, accelerator.num_processes
+    keys = step_batches(len(train_data), steps, micro_steps, train_batch_size, seed, *share)
+    batches = iter(load_batches(train_data, keys, num_workers))
+    progress = tqdm(
+        steps, "Training", initial=state.step, total=max_train_steps, disable=not accelerator.is_local_main_process
+    )
+    supernet.model.train()
+    for step in progress:
+        size = sample_size(supernet.sizes, step, seed, strategy)
+        # Set once: gradient checkpointing runs the forward again in the backward, which must meet the same size.
+        supernet.set_size(size)
+        step_loss = torch.zeros((), device=device)
+        for _ in range(micro_steps):
+            batch = next(batches)
+            torch.manual_seed(int(batch["seeds"][0]))
+            inputs = prepare(send_to_device(batch, device))
+            with accelerator.accumulate(model):
+                with block_outputs(supernet.model, watched) as features:
+                    prediction = predict(model, inputs)
+                loss = inputs.weight * mean_squared_error(prediction, inputs.target)
+                if teacher is not None:
+                    with accelerator.autocast():
+                        loss = loss + distillation_loss(
+                            teacher, inputs, prediction, features, distill_weight, feature_distill_weight
+                        )
+                accelerator.backward(loss.mean())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(supernet.model.parameters(), max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                step_loss += loss.detach().mean() / micro_steps
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+        ema.step(supernet.model.parameters())
+        state.step = step + 1
+
+        mean_loss = accelerator.reduce(step_loss, "mean").item()
+        if not math.isfinite(mean_loss):
+            raise RuntimeError(f"the loss is {mean_loss} at step {step}, size {size}; try a lower learning rate")
+        progress.set_postfix(loss=f"{mean_loss:.4f}", size=size)
+        accelerator.log({"loss": mean_loss, "size": size, "lr": lr_scheduler.get_last_lr()[0]}, step)
+        if (validation_steps and state.step % validation_steps == 0) or state.step == max_train_steps:
+            validate(state.step)
+        state.seconds = time.perf_counter() - started
+        if checkpointing_steps and state.step % checkpointing_steps == 0:
+            if accelerator.is_main_process:
+                save_checkpoint(state, output_dir, checkpoints_total_limit)
+            accelerator.wait_for_everyone()
+
+    # Undo what `prepare` did for mixed precision: it wraps the model's forward, and unwrapping leaves an attribute.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    vars(supernet.model).pop("forward", None)
+    ema.copy_to(supernet.model.parameters())
+    supernet.set_size("largest")
+    supernet.model.eval()
+    return TrainingResult(state.step, state.seconds, state.history, teacher_loss)
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, batches: Iterable[Batch], prepare: Prepare, accelerator: Accelerator) -> float:
+    """Mean denoising loss over the batches of all processes."""
+    total = torch.zeros(2, device=accelerator.device)
+    for batch in batches:
+        losses = denoising_loss(model, send_to_device(batch, accelerator.device), prepare)
+        total += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=accelerator.device)])
+    loss, count = accelerator.reduce(total, "sum").tolist()
+    return loss / count
+
+
+@contextmanager
+def averaged_weights(ema: EMAModel, model: nn.Module) -> Iterator[None]:
+    """Gives a model its averaged weights for a block."""
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(model.parameters())

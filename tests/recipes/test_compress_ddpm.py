@@ -1,0 +1,245 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from PIL import Image
+
+from ofadiff import OFAPipeline, Supernet
+from recipes.compress_ddpm import compress, make_parser
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def save_teacher(folder, **changes):
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    DDPMPipeline(UNet2DModel(**{**config, **changes}), DDPMScheduler(num_train_timesteps=50)).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Teachers, and images of three classes."""
+    folder = tmp_path_factory.mktemp("files")
+    save_teacher(folder / "unconditional")
+    save_teacher(folder / "conditional", num_class_embeds=3)
+    noise = np.random.default_rng(0)
+    for index in range(12):
+        path = folder / "images" / str(index % 3) / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 255, (10, 9), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def flags(files, tmp_path):
+    """Makes a command line; options are flags without their dashes, None leaves one out."""
+
+    def flags(**options):
+        settings = {
+            "pretrained_model_name_or_path": files / "unconditional",
+            "train_data_dir": files / "images",
+            "output_dir": tmp_path / "out",
+            "sizes": "0.5 1.0",
+            "max_train_steps": 3,
+            "train_batch_size": 2,
+            "importance_samples": 8,
+            "validation_samples": 8,
+            "num_validation_images": 0,
+            "lr_warmup_steps": 0,
+            "checkpointing_steps": 2,
+        }
+        settings |= options
+        return [
+            word
+            for name, value in settings.items()
+            if value is not None
+            for word in (f"--{name}", *("" if value is True else str(value)).split())
+        ]
+
+    return flags
+
+
+@pytest.fixture
+def run(flags):
+    return lambda **options: compress(make_parser().parse_args(flags(**options)))
+
+
+def launch(command, *words):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "recipes" / "compress_ddpm.py")
+    return subprocess.run([*command, script, *words], env=environment, capture_output=True, text=True)
+
+
+def weights(folder):
+    return Supernet.from_pretrained(folder / "unet").model.state_dict()
+
+
+@pytest.mark.parametrize("teacher", ["unconditional", "conditional"])
+def test_the_result_is_a_pipeline_with_every_size(run, files, tmp_path, teacher, capsys):
+    result = run(
+        pretrained_model_name_or_path=files / teacher,
+        num_validation_images=2,
+        ddpm_num_inference_steps=2,
+        validation_steps=2,
+    )
+    assert set(result.history) == {0, 2, 3}
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("parameters", "MACs", "validation loss", "teacher"))
+    condition = {"class_labels": [0, 2]} if teacher == "conditional" else {"batch_size": 2}
+    pipeline = OFAPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.sizes == (0.5, 1.0)
+    pipeline.set_progress_bar_config(disable=True)
+    assert len(pipeline(size=0.5, num_inference_steps=2, **condition).images) == 2
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(plain) is DDPMPipeline and type(plain.unet) is UNet2DModel
+    with Image.open(tmp_path / "out" / "samples" / "000003.png") as grid:
+        assert grid.size == (2 * 8, 2 * 8)  # two seeds by two sizes
+
+
+def test_two_processes_train_as_one_does(run, flags, tmp_path):
+    options = {"criterion": "magnitude", "learning_rate": 1e-3}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no"]
+    two = launch(command, *flags(train_batch_size=2, output_dir=tmp_path / "two", **options))
+    assert two.returncode == 0, two.stderr
+    run(train_batch_size=4, output_dir=tmp_path / "one", **options)
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=0, atol=1e-5)
+
+
+def test_a_run_resumes_and_never_overwrites_unasked(run, tmp_path):
+    out = tmp_path / "out"
+    run(output_dir=tmp_path / "whole")
+    run(resume_from_checkpoint="latest")  # nothing there yet
+    shutil.rmtree(out / "unet")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty; choose another one"):
+        run()
+    run(resume_from_checkpoint="latest")
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(out).items())
+    with pytest.raises(ValueError, match=r"its --sizes is \[0.5, 1.0\], not \[0.6, 1.0\]"):
+        run(resume_from_checkpoint="latest", sizes="0.6 1.0")
+    run(overwrite_output_dir=True, sizes="0.6 1.0", checkpointing_steps=3)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_mistake_ends_in_one_sentence_without_a_traceback(flags, tmp_path):
+    done = launch([sys.executable], *flags(sizes="0.01 1.0"))
+    assert done.returncode == 2
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("compress_ddpm.py: error: ") and "smallest" in message
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_data_dir": None}, "one of --train_data_dir and --dataset_name"),
+        ({"train_data_dir": "nowhere"}, "nowhere is not a folder"),
+        ({"resolution": 9}, "--resolution 9 is not a multiple of 2"),
+        ({"min_keep": 2}, "min_keep is 2"),
+        ({"validation_fraction": 1.5}, "fraction is 1.5"),
+        ({"resume_from_checkpoint": "nowhere"}, "nowhere is not a checkpoint"),
+        ({"overwrite_output_dir": True, "resume_from_checkpoint": "latest"}, "exclude each other"),
+        ({"report_to": "pigeon"}, "--report_to pigeon: not installed or unknown"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_written(run, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": "0.5 1.2"}, "'1.2' is not a size"),
+        ({"criterion": "tailor"}, "invalid choice: 'tailor'"),
+        ({"budget": "money"}, "invalid choice: 'money'"),
+        ({"reweight": "linaer"}, "invalid choice: 'linaer'"),
+        ({"train_batch_size": 0}, "'0' is not a whole number of at least 1"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_the_parser(flags, capsys, options, message):
+    with pytest.raises(SystemExit) as exit:
+        make_parser().parse_args(flags(**options))
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_only_ddpm_style_pipelines_are_taken(run, files, tmp_path):
+    def refused(folder, message):
+        with pytest.raises(ValueError, match=message):
+            run(pretrained_model_name_or_path=folder)
+
+    refused(files / "images", "it has no model_index.json")
+    refused(files / "unconditional" / "unet", "it is the folder of a single UNet2DModel")
+    refused(tmp_path / "nowhere", "cannot load")
+    save_teacher(tmp_path / "variance", out_channels=2)
+    refused(tmp_path / "variance", "1 input and 2 output channels")
+
+    text_unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(text_unet, DDPMScheduler()).save_pretrained(tmp_path / "text")
+    refused(tmp_path / "text", "is a UNet2DConditionModel; this recipe takes a UNet2DModel")
+    run()
+    refused(tmp_path / "out", "own folder")
+    with pytest.raises(ValueError, match="is compressed already"):
+        run(pretrained_model_name_or_path=tmp_path / "out", output_dir=tmp_path / "again")
+
+
+def test_classes_must_fit_the_model(run, files, tmp_path):
+    teacher = files / "conditional"
+    shutil.copytree(files / "images" / "0", tmp_path / "flat")
+    with pytest.raises(ValueError, match="the images have no labels: put each class in a subfolder"):
+        run(pretrained_model_name_or_path=teacher, train_data_dir=tmp_path / "flat")
+    shutil.copytree(files / "images", tmp_path / "four")
+    shutil.copytree(files / "images" / "0", tmp_path / "four" / "3")
+    with pytest.raises(ValueError, match="label 3 of the images is not one of the model's 3 classes"):
+        run(pretrained_model_name_or_path=teacher, train_data_dir=tmp_path / "four")
+
+
+def test_unreadable_images_are_named_before_training(run, files, tmp_path):
+    shutil.copytree(files / "images", tmp_path / "images")
+    (tmp_path / "images" / "1" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1 of 13 images cannot be read: .*broken.png"):
+        run(train_data_dir=tmp_path / "images")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_flag_is_explained():
+    undocumented = [action.dest for action in make_parser()._actions if not action.help]
+    assert not undocumented

@@ -1,0 +1,37 @@
+"""A tiny class-conditional teacher, its supernet, and noise for images."""
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+
+from ofadiff import Supernet, allocate, find_channel_groups, score_channels
+
+
+def make_teacher(dropout=0.0):
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=3,
+        dropout=dropout,
+    ).eval()
+
+
+def make_supernet(sizes=(0.5, 0.75, 1.0), **options):
+    unet = make_teacher(**options)
+    groups = find_channel_groups(unet)
+    scores = score_channels(unet, groups, criterion="magnitude")
+    return Supernet(unet, groups, scores, allocate(unet, groups, scores, sizes))
+
+
+def noise_image(index):
+    pixels = np.random.default_rng(index).integers(0, 255, (10, 8), dtype=np.uint8)
+    return Image.fromarray(pixels)
