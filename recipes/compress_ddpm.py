@@ -14,9 +14,10 @@ import copy
 import functools
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from ofadiff.channels import ChannelGroup
 from ofadiff.importance import CRITERIA
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
 from ofadiff.reweight import STRATEGIES
-from ofadiff.training.checkpoint import DENOISER, find_checkpoint, list_checkpoints
+from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint, list_checkpoints
 from ofadiff.training.data import (
     ImageData,
     Images,
@@ -44,8 +45,23 @@ from ofadiff.training.data import (
     image_folder,
     load_dataset_split,
 )
-from ofadiff.training.losses import TARGETS, denoising_loss, prepare_pixels
-from ofadiff.training.train import TrainingResult, train
+from ofadiff.training.losses import TARGETS, Prepare, denoising_loss, prepare_pixels
+from ofadiff.training.train import TrainingResult, run_values, train
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What training needs, built and checked."""
+
+    accelerator: Accelerator
+    pipeline: DiffusionPipeline
+    noise_scheduler: DDPMScheduler
+    prepare: Prepare
+    train_data: ImageData
+    validation_data: ImageData | None
+    teacher: UNet2DModel
+    supernet: Supernet
+    checkpoint: Path | None
 
 
 def compress(args: argparse.Namespace) -> TrainingResult:
@@ -54,22 +70,28 @@ def compress(args: argparse.Namespace) -> TrainingResult:
     Raises:
         ValueError: If something the user gave cannot work; before any training.
     """
+    return train_and_save(args, set_up(args))
+
+
+def set_up(args: argparse.Namespace) -> Setup:
+    """Everything before training. Raises ValueError if something the user gave cannot work."""
     # What can be wrong is found out first.
     check_output_dir(args)
     accelerator = make_accelerator(args)
     pipeline = load_pipeline(args.pretrained_model_name_or_path)
     unet, noise_scheduler = pipeline.unet, make_noise_scheduler(pipeline)
-    train_data, validation_data = load_data(args, unet, accelerator)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     groups = find_channel_groups(unet)
-    neutral = {group.name: torch.ones(group.width) for group in groups}
-    allocate(unet, groups, neutral, args.sizes, args.budget, args.min_keep)
+    alike = {group.name: torch.ones(group.width) for group in groups}
+    allocate(unet, groups, alike, args.sizes, args.budget, args.min_keep)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    train_data, validation_data = load_data(args, unet, accelerator)
     accelerator.wait_for_everyone()
 
     # The supernet: rotate, rank, give every size its widths.
     prepare = functools.partial(prepare_pixels, noise_scheduler=noise_scheduler)
     teacher = copy.deepcopy(unet)
     if checkpoint is not None:
+        check_same_run(checkpoint, run_values(accelerator, train_data, args.train_batch_size, args.seed, args.reweight))
         supernet = Supernet.from_pretrained(checkpoint / DENOISER)
         check_same_sizes(args, supernet, checkpoint)
         accelerator.print(f"Resuming from {checkpoint}")
@@ -80,8 +102,14 @@ def compress(args: argparse.Namespace) -> TrainingResult:
         subnets = allocate(unet, groups, scores, args.sizes, args.budget, args.min_keep)
         supernet = Supernet(unet, groups, scores, subnets, provenance=provenance(args))
     accelerator.print(size_table(supernet))
+    return Setup(
+        accelerator, pipeline, noise_scheduler, prepare, train_data, validation_data, teacher, supernet, checkpoint
+    )
 
-    # Joint training, one subnet per step.
+
+def train_and_save(args: argparse.Namespace, setup: Setup) -> TrainingResult:
+    """Joint training, one subnet per step, and the pipeline folder that comes out of it."""
+    accelerator, supernet = setup.accelerator, setup.supernet
     if args.gradient_checkpointing:
         supernet.model.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(
@@ -103,9 +131,9 @@ def compress(args: argparse.Namespace) -> TrainingResult:
     accelerator.init_trackers(args.tracker_project_name, config=flat(vars(args)))
     result = train(
         supernet,
-        train_data,
-        validation_data,
-        prepare,
+        setup.train_data,
+        setup.validation_data,
+        setup.prepare,
         optimizer,
         lr_scheduler,
         accelerator,
@@ -114,29 +142,28 @@ def compress(args: argparse.Namespace) -> TrainingResult:
         train_batch_size=args.train_batch_size,
         seed=args.seed,
         strategy=args.reweight,
-        teacher=teacher if args.distill_weight or args.feature_distill_weight else None,
+        teacher=setup.teacher if args.distill_weight or args.feature_distill_weight else None,
         distill_weight=args.distill_weight,
         feature_distill_weight=args.feature_distill_weight,
         max_grad_norm=args.max_grad_norm,
         ema_decay=args.ema_decay,
         validation_steps=args.validation_steps,
         validation_samples=args.validation_samples,
-        on_validation=functools.partial(draw_samples, args, supernet, noise_scheduler),
+        on_validation=functools.partial(draw_samples, args, supernet, setup.noise_scheduler),
         checkpointing_steps=args.checkpointing_steps,
         checkpoints_total_limit=args.checkpoints_total_limit,
-        resume_from=checkpoint,
+        resume_from=setup.checkpoint,
         num_workers=args.dataloader_num_workers,
     )
-    accelerator.end_training()
 
     # The original pipeline, with the supernet in place of its denoiser.
     if accelerator.is_main_process:
         supernet.save_pretrained(Path(args.output_dir) / "unet")
-        pipeline.scheduler.save_pretrained(Path(args.output_dir) / "scheduler")
-        pipeline.save_config(args.output_dir)
-    accelerator.wait_for_everyone()
+        setup.pipeline.scheduler.save_pretrained(Path(args.output_dir) / "scheduler")
+        setup.pipeline.save_config(args.output_dir)
     accelerator.print(loss_table(result))
     accelerator.print(f"{args.output_dir} holds {len(supernet.sizes)} sizes: OFAPipeline.from_pretrained loads it")
+    accelerator.end_training()
     return result
 
 
@@ -271,7 +298,7 @@ def score(
     unet: UNet2DModel,
     groups: Sequence[ChannelGroup],
     train_data: ImageData,
-    prepare: functools.partial,
+    prepare: Prepare,
     accelerator: Accelerator,
 ) -> dict[str, torch.Tensor]:
     """Importance of every unit: each process takes its share of the samples, and all get the mean."""
@@ -452,9 +479,11 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     try:
-        compress(args)
+        setup = set_up(args)
     except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one speaks
+        parser.exit(2, f"{parser.prog}: error: {error}\n" if first else None)
+    train_and_save(args, setup)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,9 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
         ValueError: If this is no checkpoint, or one of another run: other sizes, widths, order of channels, seed, ….
     """
     checkpoint = Path(checkpoint)
-    if not (checkpoint / "state.json").is_file():
-        raise ValueError(f"{checkpoint} is not a checkpoint: it has no state.json")
-    saved = json.loads((checkpoint / "state.json").read_text())
-    for name in sorted(saved["run"].keys() | state.run.keys()):
-        _check(checkpoint, name, saved["run"].get(name), state.run.get(name))
+    check_same_run(checkpoint, state.run)
     _load_supernet(state.supernet, checkpoint)
+    saved = json.loads((checkpoint / "state.json").read_text())
 
     averages = load_file(checkpoint / "ema.safetensors")
     for name, average in _by_name(state).items():
@@ -121,6 +119,16 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     state.history = {
         int(step): {float(size): loss for size, loss in losses.items()} for step, losses in saved["history"].items()
     }
+
+
+def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the checkpoint was written by a run with these values."""
+    path = Path(checkpoint) / "state.json"
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} is not a checkpoint: it has no {path.name}")
+    saved = json.loads(path.read_text())["run"]
+    for name in sorted(saved.keys() | run.keys()):
+        _check(Path(checkpoint), name, saved.get(name), run.get(name))
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -118,12 +119,7 @@ def train(
         optimizer,
         lr_scheduler,
         accelerator.scaler,
-        run={
-            "seed": seed,
-            "strategy": strategy,
-            "samples per step": micro_steps * accelerator.num_processes * train_batch_size,
-            "training images": len(train_data),
-        },
+        run_values(accelerator, train_data, train_batch_size, seed, strategy),
     )
     if resume_from is not None:
         load_checkpoint(state, resume_from)
@@ -213,6 +209,18 @@ def train(
     supernet.set_size("largest")
     supernet.model.eval()
     return TrainingResult(state.step, state.seconds, state.history, teacher_loss)
+
+
+def run_values(
+    accelerator: Accelerator, train_data: ImageData, train_batch_size: int, seed: int, strategy: str
+) -> dict[str, Any]:
+    """What decides the sizes, samples and noise of every step: a resumed run must have the same."""
+    return {
+        "seed": seed,
+        "strategy": strategy,
+        "samples per step": accelerator.gradient_accumulation_steps * accelerator.num_processes * train_batch_size,
+        "training images": len(train_data),
+    }
 
 
 @torch.no_grad()
