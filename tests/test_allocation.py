@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from conftest import make_unet
@@ -21,7 +23,7 @@ def test_sizes_are_met_and_nest(parts, budget):
     full = table.full_params if budget == "params" else table.full_macs
     reached = [(subnet.params if budget == "params" else subnet.macs) / full for subnet in table]
     assert reached == pytest.approx(SIZES, abs=0.005)
-    for smaller, larger in zip(table, table[1:], strict=False):
+    for smaller, larger in itertools.pairwise(table):
         assert all(smaller.widths[name] <= larger.widths[name] for name in smaller.widths)
         assert smaller.params < larger.params and smaller.macs < larger.macs
     assert table[-1].widths == {group.name: group.width for group in groups}

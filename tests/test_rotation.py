@@ -10,7 +10,7 @@ def test_full_size_is_unchanged(unet):
     for parameter in unet.parameters():  # biases and zero-initialised weights must count too
         torch.nn.init.normal_(parameter, std=0.05)
     unet.double()
-    inputs = {k: v for k, v in random_inputs(unet).items()}
+    inputs = random_inputs(unet)
     before = output(unet, inputs)
     groups = find_channel_groups(unet)
     rotate_attention(unet, groups)

@@ -1,0 +1,30 @@
+# `make demo` and `make test` set themselves up: the environment goes to .venv.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_DIR ?= demo
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types unit clean
+
+demo: $(VENV)/installed
+	$(BIN)/python recipes/demo.py --output_dir $(DEMO_DIR)
+
+test: lint types unit
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+unit: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
