@@ -59,7 +59,8 @@ def save_checkpoint(state: TrainingState, output_dir: str | Path, total_limit: i
     output_dir = Path(output_dir)
     checkpoint = output_dir / f"checkpoint-{state.step}"
     unfinished = output_dir / f".checkpoint-{state.step}"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    for leftover in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(leftover)
     unfinished.mkdir(parents=True)
 
     state.supernet.save_pretrained(unfinished / DENOISER)

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageOps
@@ -55,7 +55,7 @@ def image_folder(folder: str | Path) -> Images:
     extensions = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions)
     if not paths:
-        raise ValueError(f"{folder} holds no images (looked for {', '.join(sorted(extensions))})")
+        raise ValueError(f"{folder} holds no images, such as .png or .jpg files")
     classes = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in paths]
     labels = None
     if None not in classes:
@@ -147,6 +147,14 @@ def check_images(images: Images, num_workers: int = 0, progress: bool = False) -
         raise ValueError(
             f"{len(broken)} of {len(images.names)} images cannot be read: {', '.join(broken[:NAMED])}{more}"
         )
+
+
+class Samples(Protocol):
+    """What can be trained on: `data[index, seed]` is a dict of tensors and numbers, the seed under `seeds`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Key) -> dict[str, Any]: ...
 
 
 class ImageData(Dataset[dict[str, Any]]):
@@ -256,15 +264,13 @@ def step_batches(
             yield keys[first : first + batch_size]
 
 
-def load_batches(
-    data: Dataset[dict[str, Any]], batches: Iterable[Sequence[Key]], num_workers: int = 0
-) -> DataLoader[dict[str, Any]]:
+def load_batches(data: Samples, batches: Iterable[Sequence[Key]], num_workers: int = 0) -> DataLoader[dict[str, Any]]:
     """Loads batches of keys, in order; each is a dict of tensors with the samples stacked."""
     return DataLoader(data, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
 
 
 def fixed_batches(
-    data: ImageData, samples: int, batch_size: int, seed: int, purpose: str, process: int = 0, processes: int = 1
+    data: Samples, samples: int, batch_size: int, seed: int, purpose: str, process: int = 0, processes: int = 1
 ) -> DataLoader[dict[str, Any]]:
     """`samples` samples of a data set in batches, the same ones every time; of several processes, this one's share.
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ofadiff.reweight import sample_size
 from ofadiff.supernet import Supernet
 from ofadiff.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from ofadiff.training.data import ImageData, fixed_batches, load_batches, step_batches
+from ofadiff.training.data import Samples, fixed_batches, load_batches, step_batches
 from ofadiff.training.distill import block_outputs, distillation_loss
 from ofadiff.training.losses import Batch, Prepare, denoising_loss, mean_squared_error, predict
 
@@ -44,8 +44,8 @@ class TrainingResult:
 
 def train(
     supernet: Supernet,
-    train_data: ImageData,
-    validation_data: ImageData | None,
+    train_data: Samples,
+    validation_data: Samples | None,
     prepare: Prepare,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
@@ -77,7 +77,7 @@ def train(
 
     Args:
         supernet: What is trained.
-        train_data: Samples by key, see `ofadiff.training.data`.
+        train_data: Samples by key, such as `ImageData`.
         validation_data: Held-out samples, or None for no validation.
         prepare: Makes the denoiser's inputs of a batch, such as `prepare_pixels` with its scheduler bound.
         optimizer: Over `supernet.model.parameters()`.
@@ -108,6 +108,7 @@ def train(
     sample_size(supernet.sizes, 0, seed, strategy)  # an unknown strategy is an error now, not after the validation
     model, optimizer = accelerator.prepare(supernet.model, optimizer)
     device, micro_steps = accelerator.device, accelerator.gradient_accumulation_steps
+    share = accelerator.process_index, accelerator.num_processes
     watched = tuple(dict.fromkeys(group.stage for group in supernet.groups)) if feature_distill_weight else ()
     if teacher is not None:
         teacher.to(device).requires_grad_(False).eval()
@@ -127,7 +128,6 @@ def train(
     validation_batches: list[Batch] = []
     teacher_loss = None
     if validation_data is not None:
-        share = accelerator.process_index, accelerator.num_processes
         loader = fixed_batches(validation_data, validation_samples, train_batch_size, seed, "validation", *share)
         validation_batches = list(loader)
         if teacher is not None:
@@ -153,7 +153,6 @@ def train(
     if state.step == 0:
         validate(0)
     steps = range(state.step, max_train_steps)
-    share = accelerator.process_index, accelerator.num_processes
     keys = step_batches(len(train_data), steps, micro_steps, train_batch_size, seed, *share)
     batches = iter(load_batches(train_data, keys, num_workers))
     progress = tqdm(
@@ -174,10 +173,9 @@ def train(
                     prediction = predict(model, inputs)
                 loss = inputs.weight * mean_squared_error(prediction, inputs.target)
                 if teacher is not None:
+                    weights = distill_weight, feature_distill_weight
                     with accelerator.autocast():
-                        loss = loss + distillation_loss(
-                            teacher, inputs, prediction, features, distill_weight, feature_distill_weight
-                        )
+                        loss = loss + distillation_loss(teacher, inputs, prediction, features, *weights)
                 accelerator.backward(loss.mean())
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(supernet.model.parameters(), max_grad_norm)
@@ -212,7 +210,7 @@ def train(
 
 
 def run_values(
-    accelerator: Accelerator, train_data: ImageData, train_batch_size: int, seed: int, strategy: str
+    accelerator: Accelerator, train_data: Samples, train_batch_size: int, seed: int, strategy: str
 ) -> dict[str, Any]:
     """What decides the sizes, samples and noise of every step: a resumed run must have the same."""
     return {

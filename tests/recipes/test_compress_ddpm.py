@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -234,6 +235,17 @@ def test_classes_must_fit_the_model(run, files, tmp_path):
     shutil.copytree(files / "images" / "0", tmp_path / "four" / "3")
     with pytest.raises(ValueError, match="label 3 of the images is not one of the model's 3 classes"):
         run(pretrained_model_name_or_path=teacher, train_data_dir=tmp_path / "four")
+
+
+def test_a_saved_data_set_takes_the_place_of_a_folder(run, files, tmp_path):
+    pictures = [str(path) for path in sorted((files / "images").rglob("*.png"))]
+    columns = {"picture": pictures, "kind": [index % 3 for index in range(len(pictures))]}
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("int64")})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "set")
+    source = {"train_data_dir": None, "dataset_name": tmp_path / "set", "image_column": "picture"}
+    source |= {"label_column": "kind", "report_to": "tensorboard"}
+    assert run(pretrained_model_name_or_path=files / "conditional", max_train_steps=1, **source).steps == 1
+    assert len(list((tmp_path / "out" / "logs").rglob("events.out.*"))) > 0
 
 
 def test_unreadable_images_are_named_before_training(run, files, tmp_path):

@@ -70,8 +70,9 @@ def test_a_killed_save_leaves_no_checkpoint_and_does_not_stop_the_next_one(tmp_p
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(state, tmp_path)
     assert list_checkpoints(tmp_path) == [] and find_checkpoint(tmp_path, "latest") is None
+    advance(state, 1)
     assert save_checkpoint(state, tmp_path) == find_checkpoint(tmp_path, "latest")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def kill(*args, **kwargs):
