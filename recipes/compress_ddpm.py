@@ -217,7 +217,8 @@ def load_pipeline(name: str) -> DiffusionPipeline:
     try:
         pipeline = DiffusionPipeline.from_pretrained(name)
     except (AttributeError, OSError, ValueError) as error:
-        raise ValueError(f"cannot load {name}, expected {expected}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()) if Path(name).is_dir() else "no such folder, and the hub gave none"
+        raise ValueError(f"cannot load {name}, expected {expected}; {reason}") from error
     if set(pipeline.components) != {"unet", "scheduler"}:
         parts = ", ".join(sorted(pipeline.components))
         raise ValueError(f"{name} is a {type(pipeline).__name__} made of {parts}; expected {expected}")

@@ -109,7 +109,8 @@ def train(
     model, optimizer = accelerator.prepare(supernet.model, optimizer)
     device, micro_steps = accelerator.device, accelerator.gradient_accumulation_steps
     share = accelerator.process_index, accelerator.num_processes
-    watched = tuple(dict.fromkeys(group.stage for group in supernet.groups)) if feature_distill_weight else ()
+    compared = teacher is not None and feature_distill_weight
+    watched = tuple(dict.fromkeys(group.stage for group in supernet.groups)) if compared else ()
     if teacher is not None:
         teacher.to(device).requires_grad_(False).eval()
 
