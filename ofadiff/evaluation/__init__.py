@@ -1,0 +1,19 @@
+"""What every size of a checkpoint is worth: quality, agreement with the teacher, cost, and one report of it all."""
+
+from ofadiff.evaluation.evaluator import evaluate
+from ofadiff.evaluation.extractors import register_extractor
+from ofadiff.evaluation.metrics import METRICS, Metric, Subject
+from ofadiff.evaluation.report import VALIDATION_LOSS, Column, Report
+from ofadiff.evaluation.sampling import generate
+
+__all__ = [
+    "METRICS",
+    "VALIDATION_LOSS",
+    "Column",
+    "Metric",
+    "Report",
+    "Subject",
+    "evaluate",
+    "generate",
+    "register_extractor",
+]

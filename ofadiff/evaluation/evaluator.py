@@ -1,0 +1,239 @@
+"""One report over every size of a checkpoint."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ofadiff.cost import count_parameters, example_inputs
+from ofadiff.evaluation.extractors import FeatureExtractor
+from ofadiff.evaluation.metrics import METRICS, Subject
+from ofadiff.evaluation.reference import Reference
+from ofadiff.evaluation.report import PARAMETERS, REACHED, TEACHER, Column, Report, Row
+from ofadiff.evaluation.sampling import default_arguments, evaluation_mode, generate
+from ofadiff.pipelines import OFAPipeline
+
+DENOISERS = ("unet", "transformer")
+
+
+def evaluate(
+    pipeline: DiffusionPipeline,
+    *,
+    reference: str | Path | torch.Tensor | None = None,
+    teacher: DiffusionPipeline | None = None,
+    sizes: Sequence[float] | None = None,
+    metrics: Sequence[str] | None = None,
+    num_samples: int = 1000,
+    batch_size: int = 64,
+    seed: int = 0,
+    num_inference_steps: int = 50,
+    arguments: Mapping[str, Sequence[Any]] | None = None,
+    extractor: str = "inception",
+    cost_batch_size: int = 1,
+    num_shown: int = 10,
+    title: str = "One model, every size",
+    command: str | None = None,
+    progress: bool = True,
+) -> Report:
+    """Measures every size of a pipeline, and its teacher, from the same seeds.
+
+    What is measured is the extracted model of each size: what ships.
+
+    Args:
+        pipeline: An `OFAPipeline`, or any other pipeline for a report of one row.
+        reference: Real images for FID and KID: a folder, or uint8 `(N, 3, H, W)`.
+        teacher: Pipeline of the original model, with the same scheduler.
+        sizes: Which sizes, all by default.
+        metrics: Names in `METRICS`; by default all that can be had from what is given.
+        num_samples: Images sampled per size, if a metric looks at images.
+        batch_size: Images per call of a pipeline.
+        seed: Seed of the first image, see `generate`.
+        num_inference_steps: Denoising steps.
+        arguments: What the pipeline's call takes for each image, see `generate`.
+        extractor: Features for FID and KID: `"inception"`, another of torch-fidelity's, or a registered one.
+        cost_batch_size: Images of the forward whose latency and memory are measured.
+        num_shown: Images per size that the report shows.
+        title: The report's.
+        command: The command line that makes this report, if there is one.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The report, the teacher first, then the sizes from the largest down.
+
+    Raises:
+        ImportError: If torch-fidelity or scikit-image is needed and not installed.
+        ValueError: Before any sampling, if a metric, size or extractor does not exist, a metric lacks what it needs,
+            the teacher has another scheduler, or reference images cannot be read.
+
+    Example:
+        >>> report = evaluate(OFAPipeline.from_pretrained("my-ofa-checkpoint"), reference="images", num_samples=10_000)
+        >>> report.write("report")
+    """
+    given = {"images"} | ({"reference"} if reference is not None else set()) | ({"teacher"} if teacher else set())
+    names = _choose_metrics(metrics, given, _denoiser(pipeline))
+    needs = {need for name in names for need in METRICS[name].needs}
+    sizes = _choose_sizes(pipeline, sizes)
+    if teacher is not None:
+        _check_schedulers(teacher, pipeline)
+    arguments = default_arguments(pipeline) if arguments is None else arguments
+    count = max(num_samples, num_shown) if "images" in needs else num_shown
+    real = Reference(reference, progress) if reference is not None and "reference" in needs else None
+    features = FeatureExtractor(extractor, pipeline.device) if real is not None else None
+    real_features = teacher_images = None
+
+    full_params = _full_params(pipeline, teacher)
+    columns: dict[str, Column] = {"reached": REACHED} if full_params else {}
+    columns["params"] = PARAMETERS
+    for name in names:
+        columns.update(METRICS[name].columns)
+    protocol = {
+        "samples per size": count if "images" in needs else None,
+        "denoising steps": num_inference_steps,
+        "seeds": f"{seed} to {seed + count - 1}, one per image",
+        "scheduler": type(pipeline.components["scheduler"]).__name__ if "scheduler" in pipeline.components else None,
+        "sizes are shares of": pipeline.subnets.budget if isinstance(pipeline, OFAPipeline) else None,
+        "features": extractor if features else None,
+        "reference images": len(real) if real else None,
+        "latency and memory": f"one forward of the denoiser, batch of {cost_batch_size}" if "inputs" in needs else None,
+        "precision": str(_denoiser(pipeline).dtype).removeprefix("torch."),
+        **describe_machine(pipeline.device),
+        "command": command,
+    }
+    report = Report(title, columns, protocol={name: value for name, value in protocol.items() if value is not None})
+
+    for row, stand_alone in _subjects(pipeline, teacher, sizes):
+        denoiser = _denoiser(stand_alone)
+        images = generate(
+            stand_alone,
+            count,
+            batch_size=batch_size,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            arguments=arguments,
+            progress=progress,
+            description=f"Sampling {row.label}",
+        )
+        if real is not None and features is not None and real_features is None:
+            real_features = features.features(real.images(*images.shape[-2:]), batch_size, progress)
+        subject = Subject(
+            denoiser=denoiser,
+            images=images,
+            arguments={name: [values[i % len(values)] for i in range(count)] for name, values in arguments.items()},
+            teacher_images=teacher_images,
+            reference=real_features,
+            extractor=features,
+            batch_size=batch_size,
+            cost_batch_size=cost_batch_size,
+        )
+        params = count_parameters(denoiser)
+        row.values.update(params=params, reached=params / full_params if full_params else None)
+        with evaluation_mode(stand_alone):
+            for name in names:
+                row.values.update(METRICS[name].measure(subject))
+        report.add_row(row, images[:num_shown])
+        if row.series == TEACHER:
+            teacher_images = images
+    return report
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """The processor that does the work, and the versions of what runs on it."""
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        processor = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return {
+        "processor": processor,
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}",
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _subjects(
+    pipeline: DiffusionPipeline, teacher: DiffusionPipeline | None, sizes: Sequence[float]
+) -> Iterator[tuple[Row, DiffusionPipeline]]:
+    """Rows to fill, each with its stand-alone pipeline; one extracted model at a time."""
+    if teacher is not None:
+        yield Row(TEACHER, TEACHER), teacher
+    if not isinstance(pipeline, OFAPipeline):
+        yield Row("model"), pipeline
+        return
+    for size in sizes:
+        extracted = pipeline.extract(size)
+        yield Row(str(size), size=size), extracted
+
+
+def _choose_metrics(names: Sequence[str] | None, given: set[str], denoiser: nn.Module) -> list[str]:
+    problem = "it lacks nothing"
+    try:
+        example_inputs(denoiser)
+        given = given | {"inputs"}
+    except ValueError as error:
+        problem = str(error)
+    if names is None:
+        return [name for name, metric in METRICS.items() if given.issuperset(metric.needs)]
+    why = {
+        "reference": "there are no reference images; pass reference=",
+        "teacher": "there is no teacher; pass teacher=",
+        "inputs": problem,
+    }
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"metric is {name!r}; it must be one of {', '.join(METRICS)}")
+        for need in METRICS[name].needs:
+            if need not in given:
+                raise ValueError(f"the metric {name!r} cannot be measured: {why[need]}")
+    return list(dict.fromkeys(names))
+
+
+def _choose_sizes(pipeline: DiffusionPipeline, sizes: Sequence[float] | None) -> list[float]:
+    if not isinstance(pipeline, OFAPipeline):
+        if sizes:
+            raise ValueError(f"sizes are {list(sizes)}, but this {type(pipeline).__name__} is no OFAPipeline")
+        return []
+    chosen = pipeline.sizes if sizes is None else [pipeline.subnets.find(size).size for size in sizes]
+    if not chosen:
+        raise ValueError(f"sizes is empty; choose some of {', '.join(f'{size:g}' for size in pipeline.sizes)}")
+    return sorted(set(chosen), reverse=True)
+
+
+def _check_schedulers(teacher: DiffusionPipeline, pipeline: DiffusionPipeline) -> None:
+    """Images are compared seed by seed, so the samplers have to be the same."""
+    ours, theirs = (each.components.get("scheduler") for each in (pipeline, teacher))
+    if ours is None or theirs is None:
+        return
+    configs = [{k: v for k, v in each.config.items() if not k.startswith("_")} for each in (ours, theirs)]
+    if type(ours) is not type(theirs) or configs[0] != configs[1]:
+        raise ValueError(
+            f"the teacher samples with {type(theirs).__name__}, the pipeline with {type(ours).__name__}, or with other "
+            "settings; give both the same scheduler"
+        )
+
+
+def _full_params(pipeline: DiffusionPipeline, teacher: DiffusionPipeline | None) -> int | None:
+    if isinstance(pipeline, OFAPipeline):
+        return pipeline.subnets.full_params
+    return None if teacher is None else count_parameters(_denoiser(teacher))
+
+
+def _denoiser(pipeline: DiffusionPipeline) -> Any:
+    for name in DENOISERS:
+        if isinstance(pipeline.components.get(name), nn.Module):
+            return pipeline.components[name]
+    raise ValueError(
+        f"this {type(pipeline).__name__} has no denoiser: none of its components {', '.join(pipeline.components)} is "
+        f"{' or '.join(DENOISERS)}"
+    )

@@ -1,0 +1,121 @@
+"""Feature extractors: Inception and torch-fidelity's others, or a module of one's own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+# torch-fidelity's name of the InceptionV3 that published FIDs are computed with.
+ALIASES = {"inception": "inception-v3-compat"}
+OWN: dict[str, nn.Module] = {}
+
+
+def register_extractor(name: str, module: nn.Module) -> None:
+    """Makes a module a feature extractor by name, for FID and KID on images that Inception knows nothing about.
+
+    torch-fidelity knows it by that name too. A copy is kept, frozen and in eval mode. Registering the name again
+    replaces the module.
+
+    Args:
+        name: What to call it; the report states it.
+        module: Maps uint8 images `(N, 3, H, W)` to features `(N, D)`.
+
+    Raises:
+        ValueError: If the name is one of torch-fidelity's own.
+
+    Example:
+        >>> register_extractor("digits", classifier)
+        >>> report = evaluate(pipeline, reference=images, extractor="digits")
+    """
+    if name not in OWN:
+        if name in ALIASES or name in _registry():
+            raise ValueError(f"{name!r} is one of torch-fidelity's own extractors; choose another name")
+        _torch_fidelity().register_feature_extractor(name, _own_extractor_class())
+    OWN[name] = copy.deepcopy(module).eval().requires_grad_(False)
+
+
+class FeatureExtractor:
+    """An extractor, loaded and ready.
+
+    Args:
+        name: `"inception"`, another name of torch-fidelity's, or one given to `register_extractor`.
+        device: Where it runs; CUDA or else the CPU.
+
+    Raises:
+        ImportError: If torch-fidelity is not installed.
+        ValueError: If there is no such extractor, or its weights cannot be fetched.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+        registry = _registry()
+        known = ALIASES.get(name, name)
+        if known not in registry:
+            raise ValueError(f"extractor is {name!r}; it must be one of {', '.join([*ALIASES, *sorted(registry)])}")
+        from torch_fidelity.utils import create_feature_extractor
+
+        self.name = name
+        self.device = torch.device("cuda" if torch.device(device).type == "cuda" else "cpu")
+        layer = registry[known].get_default_feature_layer_for_metric("fid")
+        try:
+            self.module = create_feature_extractor(known, [layer], cuda=self.device.type == "cuda", verbose=False)
+        except OSError as error:
+            raise ValueError(f"the weights of the extractor {name!r} cannot be loaded: {error}") from error
+
+    @torch.no_grad()
+    def features(
+        self, images: torch.Tensor | Dataset[torch.Tensor], batch_size: int = 64, progress: bool = False
+    ) -> torch.Tensor:
+        """Features `(N, D)`, on the CPU, of uint8 images `(N, 3, H, W)`."""
+        batches = DataLoader(images, batch_size=batch_size)  # type: ignore[arg-type]
+        bar = tqdm(batches, f"Features ({self.name})", disable=not progress, leave=False)
+        return torch.cat([self.module(batch.to(self.device))[0].cpu() for batch in bar])
+
+
+def _torch_fidelity() -> Any:
+    try:
+        import torch_fidelity
+    except ImportError as error:
+        raise ImportError("FID and KID need torch-fidelity: pip install ofadiff[eval]") from error
+    return torch_fidelity
+
+
+def _registry() -> dict[str, Any]:
+    return _torch_fidelity().registry.FEATURE_EXTRACTORS_REGISTRY
+
+
+def _own_extractor_class() -> type[nn.Module]:
+    # Its base class belongs to an optional dependency.
+    class OwnExtractor(_torch_fidelity().FeatureExtractorBase):  # type: ignore[misc]
+        """The module registered under the name that torch-fidelity makes it with."""
+
+        def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+            super().__init__(name, features_list)
+            self.module = copy.deepcopy(OWN[name])
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return ("features",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return "features"
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+            features = self.module(images)
+            if features.ndim != 2 or len(features) != len(images):
+                raise ValueError(
+                    f"the extractor {self.name!r} maps {tuple(images.shape)} to {tuple(features.shape)}; "
+                    f"it must give ({len(images)}, D)"
+                )
+            return (features.float(),)
+
+    return OwnExtractor

@@ -1,0 +1,124 @@
+"""Images of a pipeline, the same ones for the same seed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from tqdm.auto import tqdm
+
+from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
+
+
+def generate(
+    pipeline: DiffusionPipeline,
+    num_samples: int,
+    *,
+    size: float | str | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    num_inference_steps: int = 50,
+    arguments: Mapping[str, Sequence[Any]] | None = None,
+    progress: bool = False,
+    description: str = "Sampling",
+) -> torch.Tensor:
+    """Samples images; image i depends on `seed + i` alone, whatever the batch size and the device.
+
+    Up to float rounding, that is: kernels differ with the batch size in their last bits.
+
+    Args:
+        pipeline: Any diffusers pipeline of images.
+        num_samples: Images to sample, N.
+        size: For an `OFAPipeline`: the size to sample at, by default the one that it is set to.
+        batch_size: Images per call of the pipeline.
+        seed: Seed of the first image; every image has a generator of its own.
+        num_inference_steps: Denoising steps.
+        arguments: What the pipeline's call takes for each image, such as `{"class_labels": range(10)}`; the values are
+            used in turn, over and over. By default what `default_arguments` says.
+        progress: Whether to show a progress bar over the images.
+        description: What the bar is called.
+
+    Returns:
+        uint8 images `(N, 3, H, W)`; grey ones are repeated to three channels.
+
+    Raises:
+        ValueError: If a number is below 1, an argument has no values, or `size` is none of the pipeline's sizes.
+
+    Example:
+        >>> images = generate(pipeline, 8, size=0.5, arguments={"class_labels": range(10)})
+    """
+    for name, value in (
+        ("num_samples", num_samples),
+        ("batch_size", batch_size),
+        ("num_inference_steps", num_inference_steps),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if size is not None and not isinstance(pipeline, OFAPipeline):
+        raise ValueError(f"size is {size!r}, but this {type(pipeline).__name__} is no OFAPipeline, so it has no sizes")
+    arguments = default_arguments(pipeline) if arguments is None else arguments
+    for name, values in arguments.items():
+        if len(values) == 0:
+            raise ValueError(f"the argument {name!r} has no values; it needs at least one")
+    at_size = {} if size is None else {"size": size}
+    images = []
+    with evaluation_mode(pipeline), tqdm(total=num_samples, desc=description, disable=not progress) as bar:
+        for first in range(0, num_samples, batch_size):
+            indices = range(first, min(first + batch_size, num_samples))
+            condition: dict[str, Any] = {
+                name: [values[i % len(values)] for i in indices] for name, values in arguments.items()
+            }
+            batch = pipeline(
+                **(condition or {"batch_size": len(indices)}),
+                **at_size,
+                generator=[torch.Generator().manual_seed(seed + i) for i in indices],
+                num_inference_steps=num_inference_steps,
+                output_type="pt",
+            ).images
+            images.append(_to_uint8(batch))
+            bar.update(len(indices))
+    return torch.cat(images)
+
+
+def default_arguments(pipeline: DiffusionPipeline) -> dict[str, Sequence[Any]]:
+    """Arguments per image that a pipeline cannot do without: every class in turn for a class-conditional model."""
+    if isinstance(pipeline, ClassConditionalDDPMPipeline):
+        return {"class_labels": range(pipeline.unet.config.num_class_embeds)}
+    return {}
+
+
+@contextlib.contextmanager
+def evaluation_mode(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Every model of a pipeline in eval mode, and no progress bar per call; both as they were afterwards."""
+    models = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    bars = vars(pipeline).get("_progress_bar_config", {})  # diffusers has a setter for it, but no getter
+    try:
+        for model in models:
+            model.eval()
+        pipeline.set_progress_bar_config(disable=True)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        pipeline.set_progress_bar_config(**bars)
+
+
+def _to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """`(N, 1 or 3, H, W)` in [0, 1] to uint8 `(N, 3, H, W)`."""
+    return to_rgb((images.float() * 255).round().to(torch.uint8).cpu())
+
+
+def to_rgb(images: torch.Tensor) -> torch.Tensor:
+    """Grey images `(N, 1, H, W)` with their channel repeated, colour images as they are.
+
+    Raises:
+        ValueError: If the images are not `(N, 1 or 3, H, W)`.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images have shape {tuple(images.shape)}; it must be (N, 3, H, W) or (N, 1, H, W)")
+    return images.expand(-1, 3, -1, -1)
