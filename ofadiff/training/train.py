@@ -112,7 +112,7 @@ def train(
     compared = teacher is not None and feature_distill_weight
     watched = tuple(dict.fromkeys(group.stage for group in supernet.groups)) if compared else ()
     if teacher is not None:
-        teacher.to(device).requires_grad_(False).eval()
+        teacher.to(device).eval()
 
     ema = EMAModel(supernet.model.parameters(), decay=ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
     state = TrainingState(

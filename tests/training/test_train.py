@@ -91,6 +91,7 @@ def test_the_teacher_is_not_touched(run):
     expected = make_teacher().state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in teacher.state_dict().items())
     assert not any(module._forward_hooks for module in teacher.modules())
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_the_full_size_starts_at_the_teachers_loss_and_sizes_compare(run):
