@@ -6,6 +6,7 @@ from typing import Any
 from diffusers import ModelMixin as ModelMixin
 
 from ofadiff.allocation import allocate
+from ofadiff.evaluation import evaluate
 from ofadiff.extracted import extracted_class_by_name
 from ofadiff.importance import score_channels
 from ofadiff.pipelines import OFAPipeline
@@ -17,6 +18,7 @@ __all__ = [
     "OFAPipeline",
     "Supernet",
     "allocate",
+    "evaluate",
     "find_channel_groups",
     "rotate_attention",
     "score_channels",
