@@ -14,13 +14,15 @@ from torch import nn
 
 from ofadiff.cost import count_parameters, example_inputs
 from ofadiff.evaluation.extractors import FeatureExtractor
-from ofadiff.evaluation.metrics import METRICS, Subject
+from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
 from ofadiff.evaluation.reference import Reference
 from ofadiff.evaluation.report import PARAMETERS, REACHED, TEACHER, Column, Report, Row
 from ofadiff.evaluation.sampling import default_arguments, evaluation_mode, generate
 from ofadiff.pipelines import OFAPipeline
 
 DENOISERS = ("unet", "transformer")
+# Fewer images than this have no KID.
+FEWEST = 4
 
 
 def evaluate(
@@ -76,8 +78,7 @@ def evaluate(
         >>> report = evaluate(OFAPipeline.from_pretrained("my-ofa-checkpoint"), reference="images", num_samples=10_000)
         >>> report.write("report")
     """
-    given = {"images"} | ({"reference"} if reference is not None else set()) | ({"teacher"} if teacher else set())
-    names = _choose_metrics(metrics, given, _denoiser(pipeline))
+    names = choose_metrics(metrics, _missing(pipeline, reference is not None, teacher is not None))
     needs = {need for name in names for need in METRICS[name].needs}
     sizes = _choose_sizes(pipeline, sizes)
     if teacher is not None:
@@ -85,6 +86,10 @@ def evaluate(
     arguments = default_arguments(pipeline) if arguments is None else arguments
     count = max(num_samples, num_shown) if "images" in needs else num_shown
     real = Reference(reference, progress) if reference is not None and "reference" in needs else None
+    if real is not None and min(count, len(real)) < FEWEST:
+        raise ValueError(
+            f"there are {count} samples and {len(real)} reference images; FID and KID take {FEWEST} of each"
+        )
     features = FeatureExtractor(extractor, pipeline.device) if real is not None else None
     real_features = teacher_images = None
 
@@ -176,27 +181,18 @@ def _subjects(
         yield Row(str(size), size=size), extracted
 
 
-def _choose_metrics(names: Sequence[str] | None, given: set[str], denoiser: nn.Module) -> list[str]:
-    problem = "it lacks nothing"
+def _missing(pipeline: DiffusionPipeline, has_reference: bool, has_teacher: bool) -> dict[str, str]:
+    """What metrics may need and cannot have, each with the reason."""
+    missing = {}
+    if not has_reference:
+        missing["reference"] = "there are no reference images"
+    if not has_teacher:
+        missing["teacher"] = "there is no teacher"
     try:
-        example_inputs(denoiser)
-        given = given | {"inputs"}
+        example_inputs(_denoiser(pipeline))
     except ValueError as error:
-        problem = str(error)
-    if names is None:
-        return [name for name, metric in METRICS.items() if given.issuperset(metric.needs)]
-    why = {
-        "reference": "there are no reference images; pass reference=",
-        "teacher": "there is no teacher; pass teacher=",
-        "inputs": problem,
-    }
-    for name in names:
-        if name not in METRICS:
-            raise ValueError(f"metric is {name!r}; it must be one of {', '.join(METRICS)}")
-        for need in METRICS[name].needs:
-            if need not in given:
-                raise ValueError(f"the metric {name!r} cannot be measured: {why[need]}")
-    return list(dict.fromkeys(names))
+        missing["inputs"] = str(error)
+    return missing
 
 
 def _choose_sizes(pipeline: DiffusionPipeline, sizes: Sequence[float] | None) -> list[float]:

@@ -52,15 +52,12 @@ class FeatureExtractor:
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
-        registry = _registry()
-        known = ALIASES.get(name, name)
-        if known not in registry:
-            raise ValueError(f"extractor is {name!r}; it must be one of {', '.join([*ALIASES, *sorted(registry)])}")
+        known = find_extractor(name)
         from torch_fidelity.utils import create_feature_extractor
 
         self.name = name
         self.device = torch.device("cuda" if torch.device(device).type == "cuda" else "cpu")
-        layer = registry[known].get_default_feature_layer_for_metric("fid")
+        layer = _registry()[known].get_default_feature_layer_for_metric("fid")
         try:
             self.module = create_feature_extractor(known, [layer], cuda=self.device.type == "cuda", verbose=False)
         except OSError as error:
@@ -74,6 +71,19 @@ class FeatureExtractor:
         batches = DataLoader(images, batch_size=batch_size)  # type: ignore[arg-type]
         bar = tqdm(batches, f"Features ({self.name})", disable=not progress, leave=False)
         return torch.cat([self.module(batch.to(self.device))[0].cpu() for batch in bar])
+
+
+def find_extractor(name: str) -> str:
+    """torch-fidelity's name of an extractor.
+
+    Raises:
+        ImportError: If torch-fidelity is not installed.
+        ValueError: If there is no such extractor; lists those there are.
+    """
+    registry = _registry()
+    if ALIASES.get(name, name) not in registry:
+        raise ValueError(f"extractor is {name!r}; it must be one of {', '.join([*ALIASES, *sorted(registry)])}")
+    return ALIASES.get(name, name)
 
 
 def _torch_fidelity() -> Any:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from html import escape
 from string import Template
-
-from torchvision.utils import make_grid
 
 from ofadiff.evaluation.quality_plot import DARK, quality_plot
 from ofadiff.evaluation.report import JOINT, TEACHER, Report, Row
@@ -37,15 +36,15 @@ body {
   margin: 0; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
-main { max-width: 1060px; margin: 0 auto; padding: 56px 24px 72px; }
+main { max-width: 1100px; margin: 0 auto; padding: 56px 24px 72px; }
 h1 { margin: 0 0 6px; font-size: 32px; line-height: 1.2; letter-spacing: -0.02em; text-wrap: balance; }
 .lead { margin: 0 0 30px; color: var(--soft); font-size: 17px; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(185px, 1fr)); gap: 12px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
 .figures div, section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; }
-.figures div { padding: 16px 18px; }
+.figures div { padding: 14px 16px; }
 .figures dt { color: var(--soft); font-size: 13px; }
 .figures dd { margin: 0; }
-.figures .value { font-size: 27px; font-weight: 650; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; }
+.figures .value { font-size: 25px; font-weight: 650; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; }
 .figures .note { color: var(--soft); font-size: 13px; line-height: 1.4; }
 dl { margin: 0; }
 section { margin-top: 20px; padding: 22px 24px 24px; }
@@ -55,15 +54,16 @@ h2 { margin: 0 0 14px; font-size: 17px; letter-spacing: -0.01em; }
 .samples { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 6px 20px; align-items: center; }
 .samples .name { font-weight: 600; line-height: 1.25; }
 .samples .name small { display: block; color: var(--soft); font-weight: 400; font-variant-numeric: tabular-nums; }
+.samples .strip { display: grid; gap: 5px; }
 .samples img { display: block; width: 100%; border-radius: 3px; }
-.pixels { image-rendering: pixelated; }
+.pixels img { image-rendering: pixelated; }
 .plot img { display: block; max-width: 100%; margin: 0 auto; }
-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14.5px; }
-th, td { padding: 8px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-thead th { color: var(--soft); font-size: 13px; font-weight: 500; vertical-align: bottom; }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
+th, td { padding: 8px 0 8px 14px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+thead th { color: var(--soft); font-size: 13px; font-weight: 500; vertical-align: top; line-height: 1.3; }
+thead small { display: block; font-size: 12px; font-weight: 400; }
 tbody th { font-weight: 600; }
 th:first-child { padding-left: 0; text-align: left; }
-th:last-child, td:last-child { padding-right: 0; }
 tbody tr:last-child > * { border-bottom: 0; }
 tr.teacher > * { color: var(--soft); }
 tr.series th { padding-top: 20px; color: var(--accent); font-size: 13px; }
@@ -139,7 +139,7 @@ def _figures(report: Report) -> str:
             figures.append((column.title[:1].upper() + column.title[1:], report.text(smallest, key), note))
     items = [
         f"<div><dt>{escape(heading)}</dt>"
-        f'<dd class="value">{escape(value)}</dd><dd class="note">{escape(note)}</dd></div>'
+        f'<dd class="value">{escape(value)}</dd><dd class="note">{_unbroken(note)}</dd></div>'
         for heading, value, note in figures
     ]
     return f'<dl class="figures">{"".join(items)}</dl>'
@@ -153,14 +153,14 @@ def _samples(report: Report) -> str:
     for label, images in report.images.items():
         name = label if label == TEACHER or rows[label].size is None else f"size {label}"
         note = f"{report.text(rows[label], 'params')} parameters"
-        strip = make_grid(images, nrow=len(images), padding=max(1, images.shape[-1] // 16), pad_value=255)
-        # The outer border of make_grid would set the strip off from its label.
-        border = max(1, images.shape[-1] // 16)
-        strip = strip[:, border:-border, border:-border]
-        kind = ' class="pixels"' if images.shape[-1] <= SMALL else ""
+        tiles = "".join(
+            f'<img alt="{escape(name)}, image {number}" src="{_data_uri(to_png(to_image(image)))}">'
+            for number, image in enumerate(images, start=1)
+        )
+        kind = "strip pixels" if images.shape[-1] <= SMALL else "strip"
         parts.append(
             f'<div class="name">{escape(name)}<small>{escape(note)}</small></div>'
-            f'<img{kind} alt="Samples, {escape(name)}" src="{_data_uri(to_png(to_image(strip)))}">'
+            f'<div class="{kind}" style="grid-template-columns: repeat({len(images)}, 1fr)">{tiles}</div>'
         )
     hint = "A column is a seed: the same noise for every size."
     return f'<section><h2>Samples</h2><p class="hint">{hint}</p><div class="samples">{"".join(parts)}</div></section>'
@@ -178,7 +178,10 @@ def _plot(report: Report) -> str:
 
 
 def _table(report: Report) -> str:
-    heading = "".join(f"<th>{escape(title)}</th>" for title in report.heading())
+    titles = [(column.title, report.unit(name)) for name, column in report.columns.items()]
+    heading = "".join(
+        f"<th>{escape(title)}<small>{escape(unit)}</small></th>" for title, unit in [("size", ""), *titles]
+    )
     lines = [] if report.teacher is None else [_line(report, report.teacher, ' class="teacher"')]
     for series, rows in report.series.items():
         if series != JOINT:
@@ -200,6 +203,11 @@ def _protocol(report: Report) -> str:
     ]
     items = "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in entries)
     return f'<section><h2>Protocol</h2><dl class="protocol">{items}</dl></section>' if items else ""
+
+
+def _unbroken(text: str) -> str:
+    """Text whose numbers stay on one line with their units."""
+    return re.sub(r"(?<=\d) (?=\S)", "&nbsp;", escape(text))
 
 
 def _data_uri(png: bytes) -> str:

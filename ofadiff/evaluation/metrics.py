@@ -65,6 +65,27 @@ class Metric:
     needs: tuple[str, ...]
 
 
+def choose_metrics(names: Sequence[str] | None, missing: Mapping[str, str]) -> list[str]:
+    """Metrics by name, or all that can be had.
+
+    Args:
+        names: Names in `METRICS`, or None for every one that needs nothing that is missing.
+        missing: Needs that cannot be met, each with the reason.
+
+    Raises:
+        ValueError: If a metric does not exist, or needs what is missing.
+    """
+    if names is None:
+        return [name for name, metric in METRICS.items() if not any(need in missing for need in metric.needs)]
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"metric is {name!r}; it must be one of {', '.join(METRICS)}")
+        for need in METRICS[name].needs:
+            if need in missing:
+                raise ValueError(f"the metric {name!r} cannot be measured: {missing[need]}")
+    return list(dict.fromkeys(names))
+
+
 def macs(subject: Subject) -> dict[str, float | None]:
     """Multiply-accumulate operations of one forward, for one image."""
     return {"macs": count_macs(subject.denoiser)}

@@ -43,6 +43,7 @@ def quality_plot(report: Report, palette: Palette = LIGHT) -> bytes | None:
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install ofadiff[eval]") from error
 
@@ -57,7 +58,6 @@ def quality_plot(report: Report, palette: Palette = LIGHT) -> bytes | None:
         "ytick.color": palette.ink,
         "xtick.major.size": 0,
         "ytick.major.size": 0,
-        "ytick.minor.size": 0,
         "grid.color": palette.grid,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -67,6 +67,10 @@ def quality_plot(report: Report, palette: Palette = LIGHT) -> bytes | None:
         figure = Figure(figsize=(5.2 * len(panels), 3.7), layout="constrained")
         for axes, (name, column) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             _draw_panel(axes, report, name, column, palette)
+            if axes.get_yscale() == "log":
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_minor_locator(NullLocator())
+                axes.yaxis.set_major_formatter("{x:g}")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=160)
     return buffer.getvalue()
@@ -94,7 +98,7 @@ def _draw_panel(axes: Any, report: Report, name: str, column: Column, palette: P
     direction = f" ({column.better} is better)" if column.better else ""
     axes.set_title(f"{column.title}{direction}", loc="left", fontsize=11, pad=10)
     axes.margins(x=0.06, y=0.12)
-    axes.grid(axis="y", which="both" if axes.get_yscale() == "log" else "major", linewidth=0.8)
+    axes.grid(axis="y", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9)
 

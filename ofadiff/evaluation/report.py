@@ -151,11 +151,13 @@ class Report:
 
     def heading(self) -> list[str]:
         """Titles of the shown columns with their units, the row's label first."""
-        titles = ["size"]
-        for name, column in self.columns.items():
-            unit = column.unit(self._values(name))[1]
-            titles.append(f"{column.title}, {unit}" if unit and unit != "%" else column.title)
-        return titles
+        units = {name: self.unit(name) for name in self.columns}
+        return ["size"] + [f"{c.title}, {units[name]}" if units[name] else c.title for name, c in self.columns.items()]
+
+    def unit(self, name: str) -> str:
+        """The unit of a column's cells; nothing where the cells say it themselves, as percentages do."""
+        unit = self.columns[name].unit(self._values(name))[1]
+        return "" if unit == "%" else unit
 
     def cells(self, row: Row) -> list[str]:
         """A row as text, in the order of `heading`."""
@@ -173,8 +175,7 @@ class Report:
 
     def text(self, row: Row, name: str) -> str:
         """One value as text, with its unit."""
-        unit = self.columns[name].unit(self._values(name))[1]
-        return f"{self.cell(row, name)} {unit}" if unit and unit != "%" else self.cell(row, name)
+        return f"{self.cell(row, name)} {self.unit(name)}".rstrip()
 
     def _values(self, name: str) -> list[float]:
         values = [row.values.get(name) for row in self.rows]

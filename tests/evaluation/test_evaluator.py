@@ -1,0 +1,127 @@
+import math
+
+import pytest
+import torch
+from conftest import make_unet
+from diffusers import DDPMScheduler, DiffusionPipeline
+from evaluation.random_images import random_images
+from PIL import Image
+
+from ofadiff import evaluate
+from ofadiff.cost import count_macs, count_parameters
+from ofadiff.evaluation import METRICS, generate
+from ofadiff.evaluation.extractors import FeatureExtractor
+from ofadiff.evaluation.fid import frechet_distance
+from ofadiff.pipelines import ClassConditionalDDPMPipeline
+
+QUICK = {"num_samples": 8, "num_inference_steps": 2, "extractor": "tiny", "progress": False, "num_shown": 3}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return random_images(20, channels=1)
+
+
+@pytest.fixture(scope="module")
+def report(pipeline, teacher, reference):
+    return evaluate(pipeline, reference=reference, teacher=teacher, command="make report", **QUICK)
+
+
+@pytest.fixture
+def no_sampling(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr("ofadiff.evaluation.evaluator.generate", refuse)
+
+
+def test_there_is_a_row_per_model_with_every_metric(report):
+    assert [(row.label, row.size) for row in report.rows] == [("teacher", None), ("1.0", 1.0), ("0.5", 0.5)]
+    assert set(report.columns) == {"reached", "params"} | {name for m in METRICS.values() for name in m.columns}
+    for row in report.rows:
+        missing = {name for name in report.columns if row.values[name] is None}
+        assert missing == ({"psnr", "ssim"} if row is report.teacher else set())
+        assert all(math.isfinite(value) for value in row.values.values() if value is not None)
+
+
+def test_costs_are_those_of_the_extracted_model(report, pipeline, teacher):
+    small = pipeline.extract(0.5).unet
+    row, full = report.rows[2].values, count_parameters(teacher.unet)
+    assert row["params"] == count_parameters(small) and row["macs"] == count_macs(small)
+    assert row["reached"] == pytest.approx(0.5, abs=0.005) and row["reached"] == row["params"] / full
+    assert report.teacher.values["params"] == full
+    assert row["memory"] < report.teacher.values["memory"]
+
+
+def test_quality_is_that_of_the_same_seeds(report, pipeline, reference):
+    full, small = report.rows[1].values, report.rows[2].values
+    assert full["psnr"] > 40 > small["psnr"] and full["ssim"] > 0.99 > small["ssim"]
+    images = generate(pipeline.extract(0.5), 8, num_inference_steps=2)
+    assert torch.equal(report.images["0.5"], images[:3])
+    extractor = FeatureExtractor("tiny")
+    found = frechet_distance(extractor.features(images), extractor.features(reference.expand(-1, 3, -1, -1)))
+    assert small["fid"] == pytest.approx(found, rel=1e-6)
+
+
+def test_the_protocol_says_how(report):
+    protocol = report.protocol
+    assert protocol["samples per size"] == 8 and protocol["denoising steps"] == 2
+    assert protocol["features"] == "tiny" and protocol["reference images"] == 20
+    assert protocol["scheduler"] == "DDIMScheduler" and protocol["command"] == "make report"
+    assert torch.__version__ in protocol["versions"]
+
+
+def test_images_alone_are_sampled_for_costs_alone(pipeline):
+    report = evaluate(pipeline, metrics=["macs"], sizes=[0.5], **QUICK)
+    assert list(report.columns) == ["reached", "params", "macs"]
+    assert [row.label for row in report.rows] == ["0.5"] and len(report.images["0.5"]) == 3
+
+
+def test_a_plain_pipeline_has_one_row(pipeline, teacher):
+    report = evaluate(pipeline.extract(0.5), teacher=teacher, metrics=["psnr"], **QUICK)
+    assert [row.label for row in report.rows] == ["teacher", "model"]
+    assert report.rows[1].values["reached"] == pytest.approx(0.5, abs=0.005)
+
+
+def test_reference_images_of_a_folder_are_resized(pipeline, tmp_path):
+    for index, image in enumerate(random_images(6, size=32)):
+        (tmp_path / "deep").mkdir(exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "deep" / f"{index}.png")
+    report = evaluate(pipeline, reference=tmp_path, metrics=["fid"], sizes=[1.0], **QUICK)
+    assert report.protocol["reference images"] == 6 and report.rows[0].values["fid"] > 0
+
+
+@pytest.mark.usefixtures("no_sampling")
+def test_what_cannot_work_is_said_before_sampling(pipeline, teacher, reference, tmp_path):
+    def fails(match, pipeline=pipeline, **options):
+        with pytest.raises(ValueError, match=match):
+            evaluate(pipeline, **{**QUICK, **options})
+
+    fails("metric is 'speed'; it must be one of macs, latency, memory, fid, kid, psnr, ssim", metrics=["speed"])
+    fails("'fid' cannot be measured: there are no reference images", metrics=["fid"])
+    fails("'ssim' cannot be measured: there is no teacher", metrics=["ssim"])
+    fails(r"size is 0\.3; it must be one of 0\.5, 1", sizes=[0.3])
+    fails(r"sizes is empty; choose some of 0\.5, 1", sizes=[])
+    fails("extractor is 'nothing'", reference=reference, extractor="nothing")
+    fails("8 samples and 3 reference images; FID and KID take 4 of each", reference=reference[:3])
+    fails(r"reference images are torch\.float32", reference=reference.float())
+    fails(r"shape \(20, 16, 16\); it must be \(N, 3, H, W\)", reference=reference[:, 0])
+    fails("ClassConditionalDDPMPipeline is no OFAPipeline", pipeline=teacher, sizes=[0.5])
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    fails("1 of 1 images cannot be read: .*broken.png", reference=tmp_path)
+    other = ClassConditionalDDPMPipeline(teacher.unet, DDPMScheduler())
+    fails("the teacher samples with DDPMScheduler, the pipeline with DDIMScheduler", teacher=other)
+
+
+class NoDenoiser(DiffusionPipeline):
+    def __init__(self, scheduler):
+        super().__init__()
+        self.register_modules(scheduler=scheduler)
+
+
+def test_a_pipeline_without_a_known_denoiser_is_an_error(pipeline):
+    with pytest.raises(ValueError, match="this NoDenoiser has no denoiser: none of its components scheduler is unet"):
+        evaluate(NoDenoiser(pipeline.scheduler), **QUICK)
+    unknown = ClassConditionalDDPMPipeline(make_unet("plain").mid_block, pipeline.scheduler)
+    with pytest.raises(ValueError, match="'macs' cannot be measured: no example inputs are known for UNetMidBlock2D"):
+        evaluate(unknown, metrics=["macs"], **QUICK)
