@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ofadiff.cost import count_parameters, example_inputs
+from ofadiff.cost import count_macs, count_parameters, example_inputs
 from ofadiff.evaluation.extractors import FeatureExtractor
 from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
 from ofadiff.evaluation.reference import Reference
@@ -84,7 +84,7 @@ def evaluate(
     if teacher is not None:
         _check_schedulers(teacher, pipeline)
     arguments = default_arguments(pipeline) if arguments is None else arguments
-    count = max(num_samples, num_shown) if "images" in needs else num_shown
+    count = num_samples if "images" in needs else num_shown
     real = Reference(reference, progress) if reference is not None and "reference" in needs else None
     if real is not None and min(count, len(real)) < FEWEST:
         raise ValueError(
@@ -93,25 +93,13 @@ def evaluate(
     features = FeatureExtractor(extractor, pipeline.device) if real is not None else None
     real_features = teacher_images = None
 
-    full_params = _full_params(pipeline, teacher)
-    columns: dict[str, Column] = {"reached": REACHED} if full_params else {}
+    timed = not {"latency", "memory"}.isdisjoint(names)
+    budget = _budget(pipeline, teacher)
+    columns: dict[str, Column] = {} if budget is None else {"reached": REACHED}
     columns["params"] = PARAMETERS
     for name in names:
         columns.update(METRICS[name].columns)
-    protocol = {
-        "samples per size": count if "images" in needs else None,
-        "denoising steps": num_inference_steps,
-        "seeds": f"{seed} to {seed + count - 1}, one per image",
-        "scheduler": type(pipeline.components["scheduler"]).__name__ if "scheduler" in pipeline.components else None,
-        "sizes are shares of": pipeline.subnets.budget if isinstance(pipeline, OFAPipeline) else None,
-        "features": extractor if features else None,
-        "reference images": len(real) if real else None,
-        "latency and memory": f"one forward of the denoiser, batch of {cost_batch_size}" if "inputs" in needs else None,
-        "precision": str(_denoiser(pipeline).dtype).removeprefix("torch."),
-        **describe_machine(pipeline.device),
-        "command": command,
-    }
-    report = Report(title, columns, protocol={name: value for name, value in protocol.items() if value is not None})
+    report = Report(title, columns)
 
     for row, stand_alone in _subjects(pipeline, teacher, sizes):
         denoiser = _denoiser(stand_alone)
@@ -137,14 +125,32 @@ def evaluate(
             batch_size=batch_size,
             cost_batch_size=cost_batch_size,
         )
-        params = count_parameters(denoiser)
-        row.values.update(params=params, reached=params / full_params if full_params else None)
+        row.values["params"] = count_parameters(denoiser)
+        if budget is not None:
+            spent, full = budget
+            row.values["reached"] = spent(denoiser) / full
         with evaluation_mode(stand_alone):
             for name in names:
                 row.values.update(METRICS[name].measure(subject))
         report.add_row(row, images[:num_shown])
         if row.series == TEACHER:
             teacher_images = images
+
+    protocol = {
+        "samples per size": count if "images" in needs else None,
+        "resolution": f"{images.shape[-1]}x{images.shape[-2]} pixels",
+        "denoising steps": num_inference_steps,
+        "seeds": f"{seed} to {seed + count - 1}, one per image",
+        "scheduler": type(pipeline.components["scheduler"]).__name__ if "scheduler" in pipeline.components else None,
+        "budget": pipeline.subnets.budget if isinstance(pipeline, OFAPipeline) else None,
+        "features": extractor if features else None,
+        "reference images": len(real) if real else None,
+        "latency and memory": f"one forward of the denoiser, batch of {cost_batch_size}" if timed else None,
+        "precision": str(_denoiser(pipeline).dtype).removeprefix("torch."),
+        **describe_machine(pipeline.device),
+        "command": command,
+    }
+    report.protocol = {name: value for name, value in protocol.items() if value is not None}
     return report
 
 
@@ -153,7 +159,8 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
-        processor = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        processor = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
     return {
         "processor": processor,
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}",
@@ -219,10 +226,15 @@ def _check_schedulers(teacher: DiffusionPipeline, pipeline: DiffusionPipeline) -
         )
 
 
-def _full_params(pipeline: DiffusionPipeline, teacher: DiffusionPipeline | None) -> int | None:
-    if isinstance(pipeline, OFAPipeline):
-        return pipeline.subnets.full_params
-    return None if teacher is None else count_parameters(_denoiser(teacher))
+def _budget(
+    pipeline: DiffusionPipeline, teacher: DiffusionPipeline | None
+) -> tuple[Callable[[nn.Module], int], int] | None:
+    """What a size is a share of: how it is counted, and how much of it the full model has."""
+    if not isinstance(pipeline, OFAPipeline):
+        return None if teacher is None else (count_parameters, count_parameters(_denoiser(teacher)))
+    if pipeline.subnets.budget == "macs":
+        return count_macs, pipeline.subnets.full_macs
+    return count_parameters, pipeline.subnets.full_params
 
 
 def _denoiser(pipeline: DiffusionPipeline) -> Any:

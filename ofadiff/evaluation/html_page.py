@@ -123,20 +123,19 @@ def _figures(report: Report) -> str:
     smallest = min(rows, key=lambda row: row.values["params"] or math.inf)
     full = report.teacher or max(rows, key=lambda row: row.values["params"] or 0)
     name = TEACHER if full is report.teacher else "largest size"
-    figures = [("Smallest size", report.text(smallest, "params"), "parameters")]
-    if smallest is not full:
-        figures = [
-            ("Smallest size", report.text(smallest, "params"), f"parameters; {name} {report.text(full, 'params')}")
-        ]
-        for key, heading in (("macs", "Less computation"), ("latency", "Faster"), ("memory", "Less memory")):
-            small, large = smallest.values.get(key), full.values.get(key)
-            if small and large:
-                notes = f"{report.text(smallest, key)}; {name} {report.text(full, key)}"
-                figures.append((heading, f"{large / small:.1f}×", notes))
+    if smallest is full:
+        return ""
+    figures = [("Smallest size", report.text(smallest, "params"), f"parameters; {name} {report.text(full, 'params')}")]
     for key, column in report.columns.items():
-        if column.plotted and smallest.values.get(key) is not None:
-            note = "" if smallest is full else f"at the smallest size; {name} {report.text(full, key)}"
-            figures.append((column.title[:1].upper() + column.title[1:], report.text(smallest, key), note))
+        heading = f"{column.title[:1].upper()}{column.title[1:]}"
+        small, large = smallest.values.get(key), full.values.get(key)
+        if key in ("macs", "latency", "memory") and small and large:
+            note = f"{report.text(smallest, key)}; {name} {report.text(full, key)}"
+            figures.append((heading, f"{small / large - 1:+.0%}".replace("-", "−").replace("%", " %"), note))
+        elif column.plotted and small is not None:
+            figures.append(
+                (heading, report.text(smallest, key), f"at the smallest size; {name} {report.text(full, key)}")
+            )
     items = [
         f"<div><dt>{escape(heading)}</dt>"
         f'<dd class="value">{escape(value)}</dd><dd class="note">{_unbroken(note)}</dd></div>'
@@ -146,20 +145,17 @@ def _figures(report: Report) -> str:
 
 
 def _samples(report: Report) -> str:
-    if not report.images:
+    if not report.pictured:
         return ""
-    rows = {row.label: row for row in report.rows if row.label in report.images}
     parts = []
-    for label, images in report.images.items():
-        name = label if label == TEACHER or rows[label].size is None else f"size {label}"
-        note = f"{report.text(rows[label], 'params')} parameters"
+    for row, images in report.pictured:
         tiles = "".join(
-            f'<img alt="{escape(name)}, image {number}" src="{_data_uri(to_png(to_image(image)))}">'
+            f'<img alt="{escape(row.name)}, image {number}" src="{_data_uri(to_png(to_image(image)))}">'
             for number, image in enumerate(images, start=1)
         )
         kind = "strip pixels" if images.shape[-1] <= SMALL else "strip"
         parts.append(
-            f'<div class="name">{escape(name)}<small>{escape(note)}</small></div>'
+            f'<div class="name">{escape(row.name)}<small>{report.text(row, "params")} parameters</small></div>'
             f'<div class="{kind}" style="grid-template-columns: repeat({len(images)}, 1fr)">{tiles}</div>'
         )
     hint = "A column is a seed: the same noise for every size."

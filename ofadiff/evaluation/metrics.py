@@ -134,7 +134,9 @@ METRICS: dict[str, Metric] = {
     "latency": Metric(latency, {"latency": Column("latency", "seconds", better="lower")}, needs=("inputs",)),
     "memory": Metric(memory, {"memory": Column("memory", "bytes", better="lower")}, needs=("inputs",)),
     "fid": Metric(fid, {"fid": Column("FID", better="lower", plotted=True)}, needs=("images", "reference")),
-    "kid": Metric(kid, {"kid": Column("KID", digits=4, spread="kid_std")}, needs=("images", "reference")),
+    "kid": Metric(
+        kid, {"kid": Column("KID", digits=4, better="lower", spread="kid_std")}, needs=("images", "reference")
+    ),
     "psnr": Metric(psnr, {"psnr": Column("PSNR, dB", digits=1, better="higher")}, needs=("images", "teacher")),
     "ssim": Metric(ssim, {"ssim": Column("SSIM", digits=3, better="higher")}, needs=("images", "teacher")),
 }

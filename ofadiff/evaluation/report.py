@@ -72,6 +72,11 @@ class Row:
     size: float | None = None
     values: dict[str, float | None] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """The label, in words."""
+        return self.label if self.size is None else f"size {self.label}"
+
 
 @dataclass
 class Report:
@@ -105,6 +110,12 @@ class Report:
             if row.series != TEACHER:
                 found.setdefault(row.series, []).append(row)
         return found
+
+    @property
+    def pictured(self) -> list[tuple[Row, torch.Tensor]]:
+        """The teacher and the report's own rows that there are images of, with these."""
+        own = [row for row in self.rows if row.series in (TEACHER, JOINT)]
+        return [(row, self.images[row.label]) for row in own if row.label in self.images]
 
     def add_row(self, row: Row, images: torch.Tensor | None = None) -> None:
         """Adds a model, with or without images of it. Values that are not finite are kept as None."""

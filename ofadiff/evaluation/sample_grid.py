@@ -8,9 +8,9 @@ import math
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ofadiff.evaluation.report import TEACHER, Report
+from ofadiff.evaluation.report import Report
 
-TILE = 64  # smaller images are enlarged to about so many pixels
+SMALLEST_TILE, LARGEST_TILE = 64, 256  # pixels; other images are enlarged or shrunk to about that
 GAP = 4
 MARGIN = 16
 LABEL = 104
@@ -19,38 +19,32 @@ INK, FAINT, PAPER = "#1c2430", "#6b7685", "#ffffff"
 
 def sample_grid(report: Report) -> bytes | None:
     """A PNG of the report's images, the teacher on top; None if it has none."""
-    if not report.images:
+    if not report.pictured:
         return None
-    rows = {row.label: row for row in report.rows if row.label in report.images}
-    columns, _, height, width = next(iter(report.images.values())).shape
-    scale = max(1, math.ceil(TILE / max(height, width)))
-    tile_height, tile_width = height * scale, width * scale
-    canvas = Image.new(
-        "RGB",
-        (
-            2 * MARGIN + LABEL + columns * (tile_width + GAP) - GAP,
-            2 * MARGIN + len(report.images) * (tile_height + GAP) - GAP,
-        ),
-        PAPER,
+    tiles = [(row, [_to_tile(image) for image in images]) for row, images in report.pictured]
+    width, height = tiles[0][1][0].size
+    columns = max(len(images) for _, images in tiles)
+    canvas_size = (
+        2 * MARGIN + LABEL + columns * (width + GAP) - GAP,
+        2 * MARGIN + len(tiles) * (height + GAP) - GAP,
     )
+    canvas = Image.new("RGB", canvas_size, PAPER)
     draw = ImageDraw.Draw(canvas)
-    top = MARGIN
-    for label, images in report.images.items():
-        middle = top + tile_height / 2
-        name = label if label == TEACHER or rows[label].size is None else f"size {label}"
-        draw.text((MARGIN, middle - 1), name, INK, ImageFont.load_default(15), anchor="ls")
-        parameters = report.text(rows[label], "params")
-        draw.text((MARGIN, middle + 5), parameters, FAINT, ImageFont.load_default(12), anchor="lt")
+    for number, (row, images) in enumerate(tiles):
+        top = MARGIN + number * (height + GAP)
+        middle = top + height / 2
+        draw.text((MARGIN, middle - 1), row.name, INK, ImageFont.load_default(15), anchor="ls")
+        draw.text((MARGIN, middle + 5), report.text(row, "params"), FAINT, ImageFont.load_default(12), anchor="lt")
         for column, image in enumerate(images):
-            tile = to_image(image).resize((tile_width, tile_height), Image.Resampling.NEAREST)
-            canvas.paste(tile, (MARGIN + LABEL + column * (tile_width + GAP), top))
-        top += tile_height + GAP
+            canvas.paste(image, (MARGIN + LABEL + column * (width + GAP), top))
     return to_png(canvas)
 
 
 def to_image(image: torch.Tensor) -> Image.Image:
-    """A Pillow image of a uint8 tensor `(3, H, W)`."""
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
+    """A Pillow image of a uint8 tensor `(3, H, W)`; a large one is shrunk."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    picture.thumbnail((LARGEST_TILE, LARGEST_TILE))
+    return picture
 
 
 def to_png(image: Image.Image) -> bytes:
@@ -58,3 +52,9 @@ def to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _to_tile(image: torch.Tensor) -> Image.Image:
+    picture = to_image(image)
+    scale = max(1, math.ceil(SMALLEST_TILE / max(picture.size)))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
