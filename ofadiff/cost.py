@@ -83,11 +83,8 @@ def unit_costs(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Mapping
     unit_macs: dict[str, int] = {}
     for group in groups:
         # What the block computes outside its children: the two products of an attention.
-        block = model.get_submodule(group.name)
-        children = sum(
-            flops.get(f"{root}.{group.name}.{child}", 0) for child in _direct_children(block, flops, group, root)
-        )
-        params, macs = 0, (flops.get(f"{root}.{group.name}", 0) - children) // 2 // group.width
+        own = _own_flops(flops, f"{root}.{group.name}")
+        params, macs = 0, own // 2 // group.width
         for part in group.slices:
             if cut_axes.setdefault(part.module, part.axis) != part.axis:
                 raise ValueError(f"{part.module} is cut on both axes, so its cost is no sum over channel groups")
@@ -103,14 +100,15 @@ def unit_costs(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Mapping
     return UnitCosts(count_parameters(model), counter.get_total_flops() // 2, unit_params, unit_macs)
 
 
-def _direct_children(block: nn.Module, flops: Mapping[str, int], group: ChannelGroup, root: str) -> list[str]:
-    """Names of the outermost modules inside a block that the counter saw (a ModuleList has no forward of its own)."""
-    seen: list[str] = []
-    for name, _ in block.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in seen)
-        if name and not inside and f"{root}.{group.name}.{name}" in flops:
-            seen.append(name)
-    return seen
+def _own_flops(flops: Mapping[str, int], block: str) -> int:
+    """FLOPs of a block less those of the modules inside it that the counter saw."""
+    children = 0
+    outermost: list[str] = []
+    for name in sorted(name for name in flops if name.startswith(f"{block}.")):
+        if not any(name.startswith(f"{outer}.") for outer in outermost):
+            outermost.append(name)
+            children += flops[name]
+    return flops.get(block, 0) - children
 
 
 def _counted_forward(model: nn.Module, inputs: Mapping[str, Any] | None) -> FlopCounterMode:

@@ -193,7 +193,7 @@ def train_teacher(data: ImageData, scheduler: DDPMScheduler, steps: int, seed: i
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=100, num_training_steps=steps)
     ema = EMAModel(unet.parameters(), decay=0.995, use_ema_warmup=True, power=3 / 4)
     prepare = functools.partial(prepare_pixels, noise_scheduler=scheduler)
@@ -215,8 +215,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output_dir", default="demo", help="folder to make; must be new or empty")
-    add("--teacher_steps", type=int, default=1200, help="training steps of the original model")
-    add("--joint_steps", type=int, default=1200, help="training steps of the joint run")
+    add("--teacher_steps", type=int, default=2000, help="training steps of the original model")
+    add("--joint_steps", type=int, default=1500, help="training steps of the joint run")
     add("--num_samples", type=int, default=500, help="images sampled at every size")
     add("--seed", type=int, default=0, help="of everything random")
     return parser

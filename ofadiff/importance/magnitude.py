@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,12 +13,19 @@ from ofadiff.importance.matrices import scored_slices
 
 
 @torch.no_grad()
-def magnitude(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, torch.Tensor]:
+def magnitude(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    batches: Iterable[Any] | None = None,
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
     """L2 norm of every row (writers) or column (readers), summed over the matrices that a unit touches.
 
     Args:
         model: The denoiser.
         groups: Its channel groups.
+        batches: Not read.
+        loss_fn: Not called.
 
     Returns:
         For every group its scores, shape `(width,)`, float32.

@@ -22,8 +22,8 @@ from ofadiff.importance.matrices import scored_slices
 def taylor(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
-    batches: Iterable[Any],
-    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
+    batches: Iterable[Any] | None,
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None,
     loss_threshold: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """Equation 4 with exact per-sample scores.
@@ -43,8 +43,11 @@ def taylor(
         For every group its scores, shape `(width,)`, float32.
 
     Raises:
-        ValueError: If there is no batch, a loss is not `(N,)` or not finite, or `loss_threshold` is outside [0, 1).
+        ValueError: If batches or the loss are missing, there is no batch, a loss is not `(N,)` or not finite, or
+            `loss_threshold` is outside [0, 1).
     """
+    if batches is None or loss_fn is None:
+        raise ValueError("criterion 'taylor' needs batches and loss_fn")
     if not 0 <= loss_threshold < 1:
         raise ValueError(f"loss_threshold is {loss_threshold}; it must lie in [0, 1)")
     losses: list[torch.Tensor] = []
