@@ -30,6 +30,8 @@ class Slice:
         start: Where on the axis the group begins.
         keeps_softmax_scale: The rows make queries. Attention divides by the root of the *active* head dimension, so
             with k of n units they are multiplied by √(k/n), which leaves the trained softmax scale at every width.
+        basis: Name of the matrices that `rotate_attention` may apply to each repeat's units; empty where it may not.
+        dual: Those matrices are applied inverted and transposed, so that products with the other side stay.
     """
 
     module: str
@@ -39,6 +41,8 @@ class Slice:
     repeats: int = 1
     start: int = 0
     keeps_softmax_scale: bool = False
+    basis: str = ""
+    dual: bool = False
 
     @property
     def length(self) -> int:
@@ -80,7 +84,6 @@ class ChannelGroup:
         stage: The resolution block B of equation 5, such as `"down_blocks.0"`.
         slices: Writers (`"out"`), what is carried along (`"out"`) and readers (`"in"`).
         resize: Sets what the block hard-codes, or None where it hard-codes nothing.
-        rotatable: Whether `rotate_attention` may choose the basis of the units.
         basis: Set by `rotate_attention`: the matrices `(heads, head_dim, head_dim)` that took the weights into the
             basis of their singular vectors, by name. The units of a rotated group stand in their final order.
     """
@@ -90,13 +93,17 @@ class ChannelGroup:
     stage: str
     slices: tuple[Slice, ...]
     resize: Resize | None = None
-    rotatable: bool = False
     basis: dict[str, torch.Tensor] | None = None
 
     @property
     def reader(self) -> Slice:
         """The first slice that reads the group's channels."""
         return next(part for part in self.slices if part.axis == "in")
+
+    @property
+    def rotatable(self) -> bool:
+        """Whether `rotate_attention` may choose the basis of the units."""
+        return all(part.basis for part in self.slices)
 
     @property
     def width(self) -> int:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ofadiff.basis import change_module
 from ofadiff.channels import ChannelGroup, Kept, slices_by_module
 from ofadiff.layers import ELASTIC, make_elastic, shrink
 
 
-@torch.no_grad()
 def permute_units(model: nn.Module, group: ChannelGroup, order: torch.Tensor) -> None:
     """Puts the units of a group in `order`, in place; the full-size model computes the same function as before.
 
@@ -21,14 +21,7 @@ def permute_units(model: nn.Module, group: ChannelGroup, order: torch.Tensor) ->
         order: Unit that comes first, second, …; shape `(group.width,)`, integer, a permutation.
     """
     for part in group.slices:
-        module = model.get_submodule(part.module)
-        entries = part.start + part.indices(order)
-        for name, parameter in module.named_parameters(recurse=False):
-            if part.axis == "in" and name != "weight":
-                continue
-            dim = 0 if part.axis == "out" else 1
-            span = parameter.narrow(dim, part.start, part.length)
-            span.copy_(parameter.index_select(dim, entries.to(parameter.device)))
+        change_module(model.get_submodule(part.module), part, order)
 
 
 def make_model_elastic(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:

@@ -16,10 +16,13 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, convert_unet_state_dict_to_peft
 from diffusers.utils.hub_utils import _add_variant
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 
+from ofadiff.basis import BASIS_NAME, load_basis, save_basis
 from ofadiff.channels import ChannelGroup, active_part, check_widths, read_active_part
 from ofadiff.elastic import kept_by_module, shrink_model
 from ofadiff.unet_elastic import find_channel_groups
@@ -32,6 +35,54 @@ PREFIX = "OFA"
 
 class ExtractedModel:
     """What an extracted model adds to its stock class: its config carries the units that every group keeps."""
+
+    # The supernet's basis, if the model came out of one; adapters of the original model pass through it.
+    ofa_basis: dict[str, torch.Tensor] | None = None
+    _stock_class: type[ModelMixin]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """As in the stock class; the basis is read too, where the folder has one."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        file = _basis_file(pretrained_model_name_or_path, **kwargs)
+        model.ofa_basis = None if file is None else load_basis(file.parent)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As in the stock class, with the basis beside the weights."""
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        if self.ofa_basis is not None:
+            save_basis(self.ofa_basis, save_directory)
+
+    def load_lora_adapter(
+        self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = "transformer", **kwargs: Any
+    ) -> Any:
+        """Loads a LoRA of the original model: it acts as the original with the LoRA fused, cut to this size.
+
+        Raises:
+            ValueError: If the adapter is no dict of tensors, no plain LoRA, or the model has lost its basis.
+        """
+        from ofadiff.adapters import convert_lora_state_dict  # peft is needed for adapters only
+
+        if not isinstance(pretrained_model_name_or_path_or_dict, dict):
+            raise ValueError("an extracted model takes a LoRA as a state dict; load it with load_lora_weights()")
+        if self.ofa_basis is None:
+            raise ValueError(f"this model was saved without {BASIS_NAME}, so no LoRA of the original can be converted")
+        dotted = "" if prefix is None else f"{prefix}."
+        adapter = {
+            key.removeprefix(dotted): tensor
+            for key, tensor in pretrained_model_name_or_path_or_dict.items()
+            if key.startswith(dotted)
+        }
+        if adapter and not any("lora_A" in key for key in adapter):
+            adapter = convert_unet_state_dict_to_peft(adapter)
+        stock, widths = self._stock_class, self.config[WIDTHS_KEY]  # type: ignore[attr-defined]
+        with init_empty_weights(include_buffers=False):
+            groups = find_channel_groups(stock.from_config(self.config))  # type: ignore[attr-defined]
+        adapter = convert_lora_state_dict(adapter, groups, widths, self.ofa_basis)
+        adapter = {f"{dotted}{key}": tensor for key, tensor in adapter.items()}
+        return super().load_lora_adapter(adapter, prefix=prefix, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -58,9 +109,8 @@ class ExtractedModel:
 @functools.cache
 def extracted_class(stock: type[ModelMixin]) -> type[ModelMixin]:
     """The class of the extracted models of a diffusers denoiser class, `OFA<DiffusersClass>`."""
-    return type(
-        f"{PREFIX}{stock.__name__}", (ExtractedModel, stock), {"__module__": "ofadiff", "__doc__": stock.__doc__}
-    )
+    namespace = {"__module__": "ofadiff", "__doc__": stock.__doc__, "_stock_class": stock}
+    return type(f"{PREFIX}{stock.__name__}", (ExtractedModel, stock), namespace)
 
 
 def extracted_class_by_name(name: str) -> type[ModelMixin]:
@@ -83,13 +133,16 @@ def empty_extracted_model(stock: type[ModelMixin], config: dict[str, Any], width
 
 
 @torch.no_grad()
-def extract(model: ModelMixin, groups: Sequence[ChannelGroup], widths: dict[str, int]) -> ModelMixin:
+def extract(
+    model: ModelMixin, groups: Sequence[ChannelGroup], widths: dict[str, int], basis: dict[str, torch.Tensor]
+) -> ModelMixin:
     """Cuts a subnet out of the full weights.
 
     Args:
         model: The denoiser with its full parameters, elastic or stock; unchanged.
         groups: Its channel groups.
         widths: Units that every group keeps.
+        basis: That the full weights are in.
 
     Returns:
         A stand-alone copy in eval mode, of class `OFA<DiffusersClass>`, on the device and in the dtype of `model`.
@@ -105,6 +158,7 @@ def extract(model: ModelMixin, groups: Sequence[ChannelGroup], widths: dict[str,
     buffers = dict(model.named_buffers())
     for name, buffer in small.named_buffers():
         buffer.data = buffers[name].detach().clone()
+    small.ofa_basis = dict(basis)
     return small
 
 
@@ -141,6 +195,7 @@ def load_extracted(
                 part = read_active_part(weights.get_slice(key), name, kept.get(module, ()))
                 state[key] = part.to(torch_dtype or torch.float32) if part.is_floating_point() else part
     small.load_state_dict(state, assign=True, strict=True)
+    small.ofa_basis = load_basis(directory)
     return small.to(torch_dtype) if torch_dtype is not None else small
 
 
@@ -162,3 +217,16 @@ def _weight_files(directory: Path, variant: str | None) -> dict[Path, list[str] 
     if not single.is_file():
         raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}")
     return {single: None}
+
+
+def _basis_file(name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any) -> Path | None:
+    """Where a model's basis lies, on disk or in the hub's cache; None if it has none."""
+    if Path(name_or_path).is_dir():
+        file = Path(name_or_path) / (subfolder or "") / BASIS_NAME
+        return file if file.is_file() else None
+    keys = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+    options = {key: kwargs[key] for key in keys if kwargs.get(key) is not None}
+    try:
+        return Path(hf_hub_download(str(name_or_path), BASIS_NAME, subfolder=subfolder, **options))
+    except EntryNotFoundError:
+        return None

@@ -11,17 +11,17 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin
-from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ofadiff import extracted
 from ofadiff.allocation import check_scores
-from ofadiff.channels import ChannelGroup, check_widths
+from ofadiff.basis import PERMUTATION, load_basis, save_basis
+from ofadiff.channels import ChannelGroup, Slice, check_widths
 from ofadiff.elastic import kept_by_module, make_model_elastic, permute_units
 from ofadiff.sizes import SizeTable
 from ofadiff.unet_elastic import find_channel_groups
 
 CONFIG_NAME = "ofa_config.json"
-BASIS_NAME = "ofa_basis.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -65,7 +65,7 @@ class Supernet:
             if group.basis is None:
                 order = torch.argsort(scores[group.name], descending=True, stable=True).cpu()
                 permute_units(model, group, order)
-                basis[f"{group.name}.permutation"] = order
+                basis[f"{group.name}.{PERMUTATION}"] = order
             else:
                 for name, matrices in group.basis.items():
                     basis[f"{group.name}.{name}"] = matrices.cpu()
@@ -92,6 +92,7 @@ class Supernet:
             for subnet in subnets
         }
         self._blocks = [(model.get_submodule(group.name), group) for group in groups if group.resize is not None]
+        self._adapters: dict[str, list[tuple[nn.Module, str, Slice]]] = {}
         self.set_size("largest")
 
     @property
@@ -104,6 +105,10 @@ class Supernet:
         """The size that the model is set to."""
         return self._size
 
+    @property
+    def _adapted(self) -> bool:
+        return any("lora_" in name for name in self.model.state_dict())
+
     def set_size(self, size: float | str) -> None:
         """Sets the model to a size: one of `sizes`, `"smallest"` or `"largest"`.
 
@@ -113,9 +118,34 @@ class Supernet:
         subnet = self.subnets.find(size)
         for layer, kept in self._layers[subnet.size]:
             layer.kept = kept
+        for sides in self._adapters.values():
+            for side, name, part in sides:
+                units = subnet.widths[name]
+                side.kept = ((part, units),) if units < part.units else ()
         for block, group in self._blocks:
             group.resize(block, group, subnet.widths[group.name])  # type: ignore[misc]
         self._size = subnet.size
+
+    def adopt_adapter(self, adapter: str, of_original: bool = True) -> None:
+        """Makes a LoRA that peft has injected into the model follow its sizes.
+
+        Args:
+            adapter: Name of the adapter. Adopting a name again (after a hot swap) replaces it.
+            of_original: Whether the adapter was made for the original model. Its weights are then taken, in place, into
+                the order and the basis that the supernet's channels are in; at every size it acts as the original with
+                the LoRA fused would, cut to that size. False for an adapter that was trained on this supernet.
+
+        Raises:
+            ValueError: If it is no plain LoRA.
+        """
+        from ofadiff.adapters import adopt_adapter  # peft is needed for adapters only
+
+        sides = adopt_adapter(self.model, self.groups, adapter, self.basis if of_original else None)
+        # Adapters that were deleted since must not be kept alive.
+        present = getattr(self.model, "peft_config", {})
+        self._adapters = {name: old for name, old in self._adapters.items() if name in present}
+        self._adapters[adapter] = sides
+        self.set_size(self.size)
 
     @contextmanager
     def at(self, size: float | str) -> Iterator[ModelMixin]:
@@ -141,10 +171,12 @@ class Supernet:
             A copy in eval mode, on the model's device, in its dtype.
 
         Raises:
-            ValueError: If there is no such size.
+            ValueError: If there is no such size, or adapters are loaded.
         """
         subnet = self.subnets.find(size)
-        return extracted.extract(self.model, self.groups, subnet.widths)
+        if self._adapted:
+            raise ValueError("the model has adapters; fuse_lora() if they shall stay, and unload_lora_weights() first")
+        return extracted.extract(self.model, self.groups, subnet.widths, self.basis)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Saves a plain diffusers model at full size with `ofa_config.json` and `ofa_basis.safetensors` beside it.
@@ -159,7 +191,7 @@ class Supernet:
     def save_metadata(self, directory: str | Path) -> None:
         """Writes `ofa_config.json` and `ofa_basis.safetensors` into a folder that holds the denoiser."""
         directory = Path(directory)
-        save_file({name: tensor.contiguous() for name, tensor in self.basis.items()}, directory / BASIS_NAME)
+        save_basis(self.basis, directory)
         values = {
             "format_version": FORMAT_VERSION,
             "groups": [_fingerprint(group) for group in self.groups],
@@ -187,9 +219,7 @@ class Supernet:
         _check_fingerprints(groups, values["groups"], directory)
         make_model_elastic(model, groups)
         supernet = cls.__new__(cls)
-        supernet._build(
-            model, groups, SizeTable.from_dict(values), load_file(directory / BASIS_NAME), values["provenance"]
-        )
+        supernet._build(model, groups, SizeTable.from_dict(values), load_basis(directory), values["provenance"])
         return supernet
 
 

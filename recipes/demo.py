@@ -16,7 +16,7 @@ import compress_ddpm
 import extract
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DPMSolverMultistepScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -37,7 +37,7 @@ CLASSES = 10
 SIZES = (0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 VALIDATION_FRACTION = 0.25
 BATCH_SIZE = 32
-INFERENCE_STEPS = 25
+INFERENCE_STEPS = 15
 EXTRACTED = (0.5, 0.7)
 EXTRACTOR = "digits classifier"
 UNTRAINED = "not trained jointly"
@@ -108,7 +108,7 @@ def measure(folder: Path, reference: torch.Tensor, result: TrainingResult, args:
     unet = UNet2DModel.from_pretrained(folder / "teacher" / "unet")
     teacher = ClassConditionalDDPMPipeline(unet, pipelines["ofa"].scheduler)
     for pipeline in (*pipelines.values(), teacher):
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     protocol = {
         "reference": reference,
         "extractor": EXTRACTOR,
@@ -194,7 +194,7 @@ def train_teacher(data: ImageData, scheduler: DDPMScheduler, steps: int, seed: i
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=100, num_training_steps=steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=steps)
     ema = EMAModel(unet.parameters(), decay=0.995, use_ema_warmup=True, power=3 / 4)
     prepare = functools.partial(prepare_pixels, noise_scheduler=scheduler)
     for batch in tqdm(load_batches(data, list(step_batches(len(data), range(steps), 1, BATCH_SIZE, seed))), "Teacher"):
@@ -215,9 +215,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output_dir", default="demo", help="folder to make; must be new or empty")
-    add("--teacher_steps", type=int, default=2000, help="training steps of the original model")
-    add("--joint_steps", type=int, default=1500, help="training steps of the joint run")
-    add("--num_samples", type=int, default=500, help="images sampled at every size")
+    add("--teacher_steps", type=int, default=1300, help="training steps of the original model")
+    add("--joint_steps", type=int, default=1000, help="training steps of the joint run")
+    add("--num_samples", type=int, default=450, help="images sampled at every size")
     add("--seed", type=int, default=0, help="of everything random")
     return parser
 

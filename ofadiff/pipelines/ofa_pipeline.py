@@ -11,9 +11,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, ModelMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
 
 from ofadiff.extracted import load_extracted
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
+from ofadiff.pipelines.lora import AdapterOfOriginal
 from ofadiff.sizes import SizeTable
 from ofadiff.supernet import CONFIG_NAME, Supernet, denoiser_class, read_ofa_config
 
@@ -34,6 +36,7 @@ class OFAPipeline:
     supernet: Supernet | None
     subnets: SizeTable
     _denoiser_name: str
+    _stock_class: type[DiffusionPipeline]
 
     @classmethod
     def from_pretrained(
@@ -131,7 +134,7 @@ class OFAPipeline:
             self.supernet.save_metadata(Path(save_directory) / self._denoiser_name)
 
     def _stock_pipeline(self, **replaced: ModelMixin) -> DiffusionPipeline:
-        stock = type(self).__mro__[2]
+        stock = self._stock_class
         _, optional = stock._get_signature_keys(stock)  # type: ignore[attr-defined]
         options = {name: self.config[name] for name in optional if name in self.config}  # type: ignore[attr-defined]
         return stock(**{**self.components, **options, **replaced})  # type: ignore[attr-defined]
@@ -158,8 +161,11 @@ def ofa_pipeline_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline
         "__module__": stock.__module__,
         "__qualname__": f"OFAPipeline[{stock.__name__}]",
         "__doc__": stock.__doc__,
+        "__call__": __call__,
+        "_stock_class": stock,
     }
-    return type(stock.__name__, (OFAPipeline, stock), {**namespace, "__call__": __call__})
+    adapters = (AdapterOfOriginal,) if issubclass(stock, LoraBaseMixin) else ()
+    return type(stock.__name__, (OFAPipeline, *adapters, stock), namespace)
 
 
 def find_denoiser(directory: str | Path) -> str:

@@ -39,13 +39,13 @@ def attention_groups(name: str, attn: Attention, stage: str) -> list[ChannelGrou
 
     head_dim = attn.inner_dim // attn.heads
     slices = (
-        Slice(f"{name}.to_q", "out", head_dim, repeats=attn.heads, keeps_softmax_scale=attn.scale_qk),
-        Slice(f"{name}.to_k", "out", head_dim, repeats=attn.heads),
-        Slice(f"{name}.to_v", "out", head_dim, repeats=attn.heads),
-        Slice(f"{name}.to_out.0", "in", head_dim, repeats=attn.heads),
+        Slice(f"{name}.to_q", "out", head_dim, 1, attn.heads, keeps_softmax_scale=attn.scale_qk, basis="query_key"),
+        Slice(f"{name}.to_k", "out", head_dim, 1, attn.heads, basis="query_key", dual=True),
+        Slice(f"{name}.to_v", "out", head_dim, 1, attn.heads, basis="value_output"),
+        Slice(f"{name}.to_out.0", "in", head_dim, 1, attn.heads, basis="value_output", dual=True),
     )
     kind = "cross_attention" if attn.is_cross_attention else "self_attention"
-    return [ChannelGroup(name, kind, stage, slices, resize=_resize_head_dim, rotatable=True)]
+    return [ChannelGroup(name, kind, stage, slices, resize=_resize_head_dim)]
 
 
 def _resize_head_dim(attn: nn.Module, group: ChannelGroup, units: int) -> None:

@@ -1,0 +1,125 @@
+"""A LoRA that was made for the original model, at every size and in extracted pipelines."""
+
+import pytest
+import torch
+from conftest import make_supernet, make_unet, output, random_inputs, relative_error
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from tiny_stable_diffusion import save_stable_diffusion
+
+from ofadiff import OFAPipeline, Supernet
+from ofadiff.basis import change_module, change_of_basis
+from ofadiff.channels import slices_by_module
+
+SIZES = (0.5, 0.75, 1.0)
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj"]
+
+
+@pytest.fixture(params=[True, False], ids=["rotated", "sorted"])
+def parts(request, tmp_path):
+    """An OFA checkpoint, the state dict of a LoRA trained on the original, and the original with that LoRA fused."""
+    adapted = make_unet("sd15")
+    adapted.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False))
+    lora = {f"unet.{key}": value.clone() for key, value in get_peft_model_state_dict(adapted).items()}
+    lora_metadata = {f"unet.{key}": value for key, value in adapted.peft_config["default"].to_dict().items()}
+    adapted.fuse_lora()
+    adapted.unload_lora()
+
+    unet = make_unet("sd15")
+    supernet = make_supernet(unet, sizes=SIZES, rotate=request.param)
+    save_stable_diffusion(tmp_path / "checkpoint")
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "checkpoint", safety_checker=None)
+    supernet.save_pretrained(tmp_path / "checkpoint" / "unet")
+    pipeline.save_lora_weights(
+        tmp_path / "lora", unet_lora_layers={k.removeprefix("unet."): v for k, v in lora.items()},
+        unet_lora_adapter_metadata={k.removeprefix("unet."): v for k, v in lora_metadata.items()},
+    )  # fmt: skip
+    return tmp_path / "checkpoint", tmp_path / "lora", adapted.eval()
+
+
+def sliced(fused, checkpoint):
+    """A supernet made of the fused original in the checkpoint's own order and basis: what a LoRA has to act as."""
+    reference = Supernet.from_pretrained(checkpoint / "unet")
+    with torch.no_grad():
+        for parameter, original in zip(reference.model.parameters(), fused.parameters(), strict=True):
+            parameter.copy_(original)
+    for module, cuts in slices_by_module(reference.groups).items():
+        for group, part in cuts:
+            change_module(reference.model.get_submodule(module), part, change_of_basis(group, part, reference.basis))
+    return reference
+
+
+def test_it_acts_as_the_sliced_fused_original(parts):
+    checkpoint, lora, fused = parts
+    pipeline = OFAPipeline.from_pretrained(checkpoint)
+    inputs = random_inputs(fused)
+    without = output(pipeline.unet, inputs)
+    pipeline.load_lora_weights(lora)
+    assert relative_error(output(pipeline.unet, inputs), output(fused, inputs)) < 1e-4
+    assert relative_error(without, output(fused, inputs)) > 1e-2
+    reference = sliced(fused, checkpoint)
+    for size in SIZES:
+        pipeline.set_size(size)
+        reference.set_size(size)
+        assert relative_error(output(pipeline.unet, inputs), output(reference.model, inputs)) < 1e-4
+    pipeline.unload_lora_weights()
+    pipeline.set_size(1.0)
+    assert torch.equal(output(pipeline.unet, inputs), without)
+
+
+def test_an_extracted_pipeline_takes_it_too(parts, tmp_path):
+    checkpoint, lora, fused = parts
+    reference = sliced(fused, checkpoint)
+    inputs = random_inputs(fused)
+    supernet = OFAPipeline.from_pretrained(checkpoint)
+    for size in SIZES:
+        supernet.extract(size).save_pretrained(tmp_path / f"{size}")
+        reference.set_size(size)
+        for pipeline in (
+            DiffusionPipeline.from_pretrained(tmp_path / f"{size}", safety_checker=None),
+            OFAPipeline.from_pretrained(checkpoint, size=size, safety_checker=None),
+        ):
+            pipeline.load_lora_weights(lora)
+            assert relative_error(output(pipeline.unet, inputs), output(reference.model, inputs)) < 1e-4
+
+
+def test_fusing_it_before_extracting_keeps_it(parts):
+    checkpoint, lora, fused = parts
+    pipeline = OFAPipeline.from_pretrained(checkpoint)
+    pipeline.load_lora_weights(lora)
+    with pytest.raises(ValueError, match="the model has adapters; fuse_lora"):
+        pipeline.extract(0.5)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    reference = sliced(fused, checkpoint)
+    inputs = random_inputs(fused)
+    with reference.at(0.5) as unet:
+        assert relative_error(output(pipeline.extract(0.5).unet, inputs), output(unet, inputs)) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_two_adapters_with_their_own_weights(parts):
+    checkpoint, lora, fused = parts
+    pipeline = OFAPipeline.from_pretrained(checkpoint)
+    inputs = random_inputs(fused)
+    pipeline.load_lora_weights(lora, adapter_name="first")
+    once = output(pipeline.unet, inputs)
+    pipeline.load_lora_weights(lora, adapter_name="second")
+    pipeline.set_adapters(["first", "second"], [0.5, 0.5])
+    assert relative_error(output(pipeline.unet, inputs), once) < 1e-4
+    pipeline.set_size(0.5)
+    small = output(pipeline.unet, inputs)
+    pipeline.delete_adapters("second")
+    pipeline.set_adapters("first")
+    assert relative_error(output(pipeline.unet, inputs), small) < 1e-4
+
+
+def test_what_cannot_follow_the_sizes_is_refused(parts):
+    checkpoint, _, _ = parts
+    pipeline = OFAPipeline.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="an IP-Adapter works with the original model only"):
+        pipeline.load_ip_adapter("somewhere")
+    pipeline.unet.add_adapter(LoraConfig(r=3, target_modules=["to_q"], use_dora=True), "dora")
+    with pytest.raises(ValueError, match="uses DoRA at down_blocks"):
+        pipeline.supernet.adopt_adapter("dora")
