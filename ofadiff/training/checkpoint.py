@@ -66,18 +66,21 @@ def save_checkpoint(state: TrainingState, output_dir: str | Path, total_limit: i
     state.supernet.save_pretrained(unfinished / DENOISER)
     save_file(_by_name(state), unfinished / "ema.safetensors")
     optimizer = state.optimizer.state_dict()
-    moments = {
-        f"{index}.{name}": value.contiguous()
-        for index, values in optimizer["state"].items()
-        for name, value in values.items()
+    entries = {
+        f"{index}.{name}": value for index, values in optimizer["state"].items() for name, value in values.items()
     }
-    save_file(moments, unfinished / "optimizer.safetensors")
+    # A file cannot hold one tensor under two names, and 8-bit optimizers share their tables: so each gets its own.
+    tensors = {
+        key: value.to("cpu", copy=True).contiguous() for key, value in entries.items() if isinstance(value, Tensor)
+    }
+    save_file(tensors, unfinished / "optimizer.safetensors")
     rest = {
         "run": state.run,
         "step": state.step,
         "seconds": state.seconds,
         "history": state.history,
         "ema_steps": state.ema.optimization_step,
+        "optimizer": {key: value for key, value in entries.items() if key not in tensors},
         "param_groups": optimizer["param_groups"],
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
@@ -106,11 +109,11 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     averages = load_file(checkpoint / "ema.safetensors")
     for name, average in _by_name(state).items():
         average.copy_(averages[name])
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in {**load_file(checkpoint / "optimizer.safetensors"), **saved["optimizer"]}.items():
         index, name = key.split(".")
-        moments.setdefault(int(index), {})[name] = value
-    state.optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
+        entries.setdefault(int(index), {})[name] = value
+    state.optimizer.load_state_dict({"state": entries, "param_groups": saved["param_groups"]})
     state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if state.scaler is not None:
         state.scaler.load_state_dict(saved["scaler"])

@@ -108,8 +108,8 @@ def load_dataset_split(name: str, config: str | None = None, split: str = "train
         if not (Path(name) / "dataset_dict.json").is_file():
             return datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
         splits = datasets.load_from_disk(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the data set {name!r}: {error}") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"cannot load the data set {name!r}: {' '.join(str(error).split())}") from error
     if split not in splits:
         raise ValueError(f"the data set {name!r} has no split {split!r}; its splits: {', '.join(splits)}")
     return splits[split]

@@ -1,16 +1,18 @@
 """The denoising loss L_n of a sample n = (x0, t, ε), in two parts.
 
 A *prepare* function turns a batch into what the denoiser is called with and the target it should predict; the loss
-compares. Another kind of model (latents with text, flow matching) is another prepare function.
+compares. Another kind of model (flow matching, say) is another prepare function.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 Batch = dict[str, Any]
@@ -76,13 +78,47 @@ TARGETS: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def prepare_pixels(batch: Batch, noise_scheduler: Any) -> DenoiserInputs:
-    """Inputs of an unconditional or class-conditional `UNet2DModel` under a DDPM-style scheduler.
+# What min(SNR, γ) is divided by, so that the loss counts as one on x0 does: (SNR) -> divisor.
+SNR_DIVISORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "epsilon": lambda snr: snr,
+    "v_prediction": lambda snr: snr + 1,
+    "sample": torch.ones_like,
+}
+
+
+def min_snr_weight(noise_scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
+    """Weight of each sample's loss, `(N,)`: min(SNR, γ) in terms of x0 (Hang et al., arXiv 2303.09556)."""
+    snr = compute_snr(noise_scheduler, timesteps)
+    return snr.clamp(max=gamma) / SNR_DIVISORS[noise_scheduler.config.prediction_type](snr)
+
+
+def draw_normal(seeds: Tensor, shape: tuple[int, ...], purpose: str) -> Tensor:
+    """Standard normal values for each sample, `(N, *shape)`, on the CPU; independent for every purpose."""
+    values = []
+    for seed in seeds.tolist():
+        generator = torch.Generator().manual_seed(random.Random(f"{seed} {purpose}").getrandbits(63))
+        values.append(torch.randn(shape, generator=generator))
+    return torch.stack(values)
+
+
+def noisy_inputs(
+    x0: Tensor,
+    seeds: Tensor,
+    noise_scheduler: Any,
+    conditions: dict[str, Any],
+    snr_gamma: float | None = None,
+    noise_offset: float = 0.0,
+) -> DenoiserInputs:
+    """A noisy sample for the denoiser, and what it should predict.
 
     Args:
-        batch: `pixel_values`, `(N, C, H, W)` in [-1, 1]; `seeds`, `(N,)`, integers that fix each sample's noise and
-            timestep; and for class-conditional models `class_labels`, `(N,)`.
+        x0: What is denoised, `(N, C, H, W)`.
+        seeds: `(N,)`, integers that fix each sample's noise and timestep.
         noise_scheduler: A `DDPMScheduler`, or another with its `add_noise` and `get_velocity`.
+        conditions: Further arguments of the denoiser's forward.
+        snr_gamma: γ of `min_snr_weight`; None weights all timesteps alike.
+        noise_offset: Size of a random shift of each channel's noise, which lets a model learn very dark and very bright
+            images.
 
     Raises:
         ValueError: If the scheduler's prediction type is not one of `TARGETS`.
@@ -90,20 +126,69 @@ def prepare_pixels(batch: Batch, noise_scheduler: Any) -> DenoiserInputs:
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type not in TARGETS:
         raise ValueError(f"unknown prediction type {prediction_type!r}; accepted: {', '.join(TARGETS)}")
-    x0 = batch["pixel_values"]
-    noise, timesteps = draw_noise(batch["seeds"], tuple(x0.shape[1:]), noise_scheduler.config.num_train_timesteps)
+    noise, timesteps = draw_noise(seeds, tuple(x0.shape[1:]), noise_scheduler.config.num_train_timesteps)
+    if noise_offset:
+        noise = noise + noise_offset * draw_normal(seeds, (x0.shape[1], 1, 1), "noise offset")
     noise, timesteps = noise.to(x0), timesteps.to(x0.device)
 
-    arguments = {"sample": noise_scheduler.add_noise(x0, noise, timesteps), "timestep": timesteps}
-    if "class_labels" in batch:
-        arguments["class_labels"] = batch["class_labels"]
+    arguments = {"sample": noise_scheduler.add_noise(x0, noise, timesteps), "timestep": timesteps, **conditions}
     target = TARGETS[prediction_type](noise_scheduler, x0, noise, timesteps)
-    return DenoiserInputs(arguments, target, torch.ones(len(x0), device=x0.device))
+    if snr_gamma is None:
+        weight = torch.ones(len(x0), device=x0.device)
+    else:
+        weight = min_snr_weight(noise_scheduler, timesteps, snr_gamma)
+    return DenoiserInputs(arguments, target, weight)
+
+
+def prepare_pixels(batch: Batch, noise_scheduler: Any) -> DenoiserInputs:
+    """Inputs of an unconditional or class-conditional `UNet2DModel` under a DDPM-style scheduler.
+
+    Args:
+        batch: `pixel_values`, `(N, C, H, W)` in [-1, 1]; `seeds`, `(N,)`; and for class-conditional models
+            `class_labels`, `(N,)`.
+        noise_scheduler: As in `noisy_inputs`.
+    """
+    conditions = {"class_labels": batch["class_labels"]} if "class_labels" in batch else {}
+    return noisy_inputs(batch["pixel_values"], batch["seeds"], noise_scheduler, conditions)
+
+
+def prepare_latents(
+    batch: Batch,
+    noise_scheduler: Any,
+    encode: Callable[[Batch], Batch] | None = None,
+    snr_gamma: float | None = None,
+    noise_offset: float = 0.0,
+) -> DenoiserInputs:
+    """Inputs of a text-conditional `UNet2DConditionModel` under a DDPM-style scheduler.
+
+    Args:
+        batch: What `encode` takes; without it, what `TextToImageEncoder` gives: the distribution of the latents,
+            `latent_mean` and `latent_std`, `(N, C, H, W)`; `encoder_hidden_states`, `(N, tokens, channels)`; `seeds`,
+            `(N,)`; and for SDXL `text_embeds`, `(N, channels)`, and `time_ids`, `(N, 6)`.
+        noise_scheduler: As in `noisy_inputs`.
+        encode: Turns images and captions into that, such as a `TextToImageEncoder`.
+        snr_gamma: As in `noisy_inputs`.
+        noise_offset: As in `noisy_inputs`.
+    """
+    encoded = batch if encode is None else encode(batch)
+    mean, std, seeds = encoded["latent_mean"], encoded["latent_std"], encoded["seeds"]
+    x0 = mean + std * draw_normal(seeds, tuple(mean.shape[1:]), "latent").to(mean)
+    conditions = {"encoder_hidden_states": encoded["encoder_hidden_states"]}
+    if "text_embeds" in encoded:
+        conditions["added_cond_kwargs"] = {name: encoded[name] for name in ("text_embeds", "time_ids")}
+    return noisy_inputs(x0, seeds, noise_scheduler, conditions, snr_gamma, noise_offset)
 
 
 def predict(model: nn.Module, inputs: DenoiserInputs) -> Tensor:
-    """The denoiser's prediction, `(N, C, H, W)`."""
-    return model(**inputs.arguments, return_dict=False)[0]
+    """The denoiser's prediction, `(N, C, H, W)`, in the precision of its weights."""
+    dtype = next(model.parameters()).dtype
+    return model(**_as_dtype(inputs.arguments, dtype), return_dict=False)[0]
+
+
+def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_dtype(entry, dtype) for name, entry in value.items()}
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ def train(
     feature_distill_weight: float = 0.0,
     max_grad_norm: float = 1.0,
     ema_decay: float = 0.9999,
+    offload_ema: bool = False,
     validation_steps: int | None = None,
     validation_samples: int = 512,
     on_validation: Callable[[int], None] | None = None,
@@ -93,6 +94,7 @@ def train(
         feature_distill_weight: Of the relative distance to the outputs of the teacher's blocks.
         max_grad_norm: Gradients are clipped to this norm.
         ema_decay: The average's largest decay; early steps use a smaller one, so that short runs average well too.
+        offload_ema: Whether the average stays in main memory, which costs a copy of the weights per step.
         validation_steps: Steps between validations; there is always one before the first and one after the last step.
         validation_samples: Noisy images of each validation, the same ones every time.
         on_validation: Called on the main process with the step, while `supernet` has its averaged weights.
@@ -115,6 +117,8 @@ def train(
         teacher.to(device).eval()
 
     ema = EMAModel(supernet.model.parameters(), decay=ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
+    if offload_ema:
+        ema.to("cpu")
     state = TrainingState(
         supernet,
         ema,
@@ -161,6 +165,7 @@ def train(
     )
     supernet.model.train()
     for step in progress:
+        step_started = time.perf_counter()
         size = sample_size(supernet.sizes, step, seed, strategy)
         # Set once: gradient checkpointing runs the forward again in the backward, which must meet the same size.
         supernet.set_size(size)
@@ -185,14 +190,19 @@ def train(
                 step_loss += loss.detach().mean() / micro_steps
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
-        ema.step(supernet.model.parameters())
+        trained = list(supernet.model.parameters())
+        ema.step([weight.cpu() for weight in trained] if offload_ema else trained)
         state.step = step + 1
 
         mean_loss = accelerator.reduce(step_loss, "mean").item()
         if not math.isfinite(mean_loss):
             raise RuntimeError(f"the loss is {mean_loss} at step {step}, size {size}; try a lower learning rate")
         progress.set_postfix(loss=f"{mean_loss:.4f}", size=size)
-        accelerator.log({"loss": mean_loss, "size": size, "lr": lr_scheduler.get_last_lr()[0]}, step)
+        values = {"loss": mean_loss, f"loss/{size:g}": mean_loss, "size": size, "lr": lr_scheduler.get_last_lr()[0]}
+        values["samples_per_second"] = state.run["samples per step"] / (time.perf_counter() - step_started)
+        if device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        accelerator.log(values, step)
         if (validation_steps and state.step % validation_steps == 0) or state.step == max_train_steps:
             validate(state.step)
         state.seconds = time.perf_counter() - started

@@ -1,28 +1,14 @@
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from PIL import Image
 
 from ofadiff import OFAPipeline, Supernet
 from recipes.compress_ddpm import compress, make_parser
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def save_teacher(folder, **changes):
@@ -56,7 +42,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def flags(files, tmp_path):
+def flags(files, tmp_path, words):
     """Makes a command line; options are flags without their dashes, None leaves one out."""
 
     def flags(**options):
@@ -73,13 +59,7 @@ def flags(files, tmp_path):
             "lr_warmup_steps": 0,
             "checkpointing_steps": 2,
         }
-        settings |= options
-        return [
-            word
-            for name, value in settings.items()
-            if value is not None
-            for word in (f"--{name}", *("" if value is True else str(value)).split())
-        ]
+        return words(settings | options)
 
     return flags
 
@@ -87,13 +67,6 @@ def flags(files, tmp_path):
 @pytest.fixture
 def run(flags):
     return lambda **options: compress(make_parser().parse_args(flags(**options)))
-
-
-def launch(launcher, words, **environment):
-    """Runs the recipe from the command line."""
-    command = [sys.executable, *launcher, str(ROOT / "recipes" / "compress_ddpm.py"), *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def weights(folder):
@@ -122,12 +95,12 @@ def test_the_result_is_a_pipeline_with_every_size(run, files, tmp_path, teacher,
         assert grid.size == (2 * 8, 2 * 8)  # two seeds by two sizes
 
 
-def test_two_processes_train_as_one_does(run, flags, tmp_path):
+def test_two_processes_train_as_one_does(run, launch, flags, tmp_path):
     # Adam divides by the gradient's size; the epsilon keeps rounding from counting where there is next to no gradient.
     options = {"learning_rate": 1e-3, "adam_epsilon": 1e-4}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = flags(train_batch_size=2, output_dir=tmp_path / "two", **options)
-    two = launch(launcher, words, ACCELERATE_USE_CPU="true")
+    two = launch("compress_ddpm.py", words, launcher, ACCELERATE_USE_CPU="true")
     assert two.returncode == 0, two.stderr
     run(train_batch_size=4, output_dir=tmp_path / "one", **options)
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=0, atol=1e-5)
@@ -153,8 +126,8 @@ def test_a_run_resumes_and_never_overwrites_unasked(run, tmp_path):
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_a_mistake_ends_in_one_sentence_without_a_traceback(flags, tmp_path):
-    done = launch([], flags(sizes="0.01 1.0"))
+def test_a_mistake_ends_in_one_sentence_without_a_traceback(launch, flags, tmp_path):
+    done = launch("compress_ddpm.py", flags(sizes="0.01 1.0"))
     assert done.returncode == 2
     message = done.stderr.splitlines()[-1]
     assert message.startswith("compress_ddpm.py: error: ") and "smallest" in message

@@ -17,9 +17,13 @@ from ofadiff.training.checkpoint import (
 )
 
 
-def make_state(supernet, steps=0, **run):
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def make_state(supernet, steps=0, optimizer_class=adamw, **run):
     """A state after some steps on noise for gradients."""
-    optimizer = torch.optim.AdamW(supernet.model.parameters(), lr=1e-2)
+    optimizer = optimizer_class(supernet.model.parameters())
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=10)
     ema = EMAModel(supernet.model.parameters(), decay=0.9)
     state = TrainingState(supernet, ema, optimizer, scheduler, run=run)
@@ -87,6 +91,34 @@ def test_the_oldest_checkpoints_beyond_the_limit_go(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-11"
     assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-10")).name == "checkpoint-10"
+
+
+class TabledSGD(torch.optim.Optimizer):
+    """Momentum, with what 8-bit optimizers keep beside tensors: a step that is a number, and one table for all."""
+
+    table = torch.linspace(-1, 1, 5)
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if not state:
+                state.update(step=0, momentum=torch.zeros_like(parameter), table=self.table)
+            state["step"] += 1
+            state["momentum"].mul_(0.9).add_(parameter.grad / state["step"])
+            parameter.data.sub_(state["momentum"], alpha=0.1)
+
+
+def test_optimizers_may_keep_numbers_and_share_tensors(tmp_path):
+    state = make_state(make_supernet(), optimizer_class=TabledSGD, steps=2)
+    checkpoint = save_checkpoint(state, tmp_path)
+    advance(state, 2)
+    loaded = make_state(make_supernet(), optimizer_class=TabledSGD)
+    load_checkpoint(loaded, checkpoint)
+    advance(loaded, 2)
+    assert all(torch.equal(*pair) for pair in zip(weights(state), weights(loaded), strict=True))
 
 
 def test_another_run_cannot_be_resumed(tmp_path):

@@ -2,7 +2,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ofadiff.training.losses import denoising_loss, draw_noise, prepare_pixels
+from ofadiff.training.losses import (
+    denoising_loss,
+    draw_noise,
+    draw_normal,
+    min_snr_weight,
+    noisy_inputs,
+    prepare_latents,
+    prepare_pixels,
+)
 
 
 def make_batch(n=4):
@@ -65,3 +73,58 @@ def test_another_prediction_type_is_refused():
     scheduler.register_to_config(prediction_type="flow_prediction")
     with pytest.raises(ValueError, match="'flow_prediction'; accepted: epsilon, v_prediction, sample"):
         prepare_pixels(make_batch(), scheduler)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weights_all_prediction_types_alike_in_terms_of_x0(prediction_type):
+    scheduler = DDPMScheduler(num_train_timesteps=100, prediction_type=prediction_type)
+    timesteps = torch.tensor([0, 30, 60, 99])
+    alpha = scheduler.alphas_cumprod[timesteps].sqrt()
+    sigma = (1 - alpha**2).sqrt()
+    # A prediction that is off by e means an x0 that is off by e times this, by the definitions of the prediction types.
+    x0_error = {"epsilon": sigma / alpha, "v_prediction": sigma, "sample": torch.ones(4)}[prediction_type]
+    expected = ((alpha / sigma) ** 2).clamp(max=5.0)
+    torch.testing.assert_close(min_snr_weight(scheduler, timesteps, 5.0) / x0_error**2, expected)
+
+
+def test_the_weights_reach_the_loss():
+    scheduler = DDPMScheduler(num_train_timesteps=100)
+    x0, seeds = torch.zeros(6, 4, 8, 8), torch.arange(6)
+    inputs = noisy_inputs(x0, seeds, scheduler, {}, snr_gamma=5.0)
+    assert torch.equal(inputs.weight, min_snr_weight(scheduler, inputs.arguments["timestep"], 5.0))
+    assert torch.equal(noisy_inputs(x0, seeds, scheduler, {}).weight, torch.ones(6))
+
+
+def test_the_noise_offset_shifts_whole_channels_of_input_and_target():
+    scheduler = DDPMScheduler(num_train_timesteps=100)
+    x0, seeds = torch.zeros(6, 4, 8, 8), torch.arange(6)
+    plain, shifted = (noisy_inputs(x0, seeds, scheduler, {}, noise_offset=offset) for offset in (0.0, 0.5))
+    shift = shifted.target - plain.target
+    torch.testing.assert_close(shift, shift.mean((2, 3), keepdim=True).expand_as(shift), atol=1e-5, rtol=0)
+    assert 0.3 < shift[:, :, 0, 0].std() < 0.7
+    sigma = (1 - scheduler.alphas_cumprod[plain.arguments["timestep"]]).sqrt().view(-1, 1, 1, 1)
+    expected = plain.arguments["sample"] + sigma * shift
+    torch.testing.assert_close(shifted.arguments["sample"], expected, atol=1e-5, rtol=0)
+
+
+def test_draws_of_different_purposes_are_independent():
+    first, second = (draw_normal(torch.arange(500), (4,), purpose) for purpose in ("latent", "noise offset"))
+    correlation = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]
+    assert abs(correlation) < 0.1
+    assert torch.equal(first[7:9], draw_normal(torch.tensor([7, 8]), (4,), "latent"))
+
+
+def test_latents_are_drawn_from_their_distribution_anew_for_every_seed():
+    scheduler = DDPMScheduler(num_train_timesteps=100, prediction_type="sample")
+    n = 400
+    batch = {
+        "latent_mean": torch.full((n, 4, 2, 2), 3.0),
+        "latent_std": torch.full((n, 4, 2, 2), 0.5),
+        "encoder_hidden_states": torch.zeros(n, 5, 8),
+        "seeds": torch.arange(n),
+    }
+    inputs = prepare_latents(batch, scheduler)
+    assert inputs.target.mean() == pytest.approx(3.0, abs=0.05) and inputs.target.std() == pytest.approx(0.5, abs=0.05)
+    assert set(inputs.arguments) == {"sample", "timestep", "encoder_hidden_states"}
+    xl = prepare_latents({**batch, "text_embeds": torch.zeros(n, 8), "time_ids": torch.ones(n, 6).long()}, scheduler)
+    assert set(xl.arguments["added_cond_kwargs"]) == {"text_embeds", "time_ids"}

@@ -128,6 +128,18 @@ def test_mixed_precision_leaves_a_plain_float32_model_in_eval_mode_at_full_size(
     assert {parameter.dtype for parameter in supernet.model.parameters()} == {torch.float32}
 
 
+def test_where_the_average_is_kept_changes_nothing(run):
+    assert same(run(offload_ema=True)[0], run()[0])
+
+
+def test_a_teacher_in_half_precision_teaches_nearly_the_same(run):
+    teacher = make_teacher().to(torch.bfloat16)
+    _, half = run(teacher=teacher)
+    _, full = run()
+    assert half.teacher_loss == pytest.approx(full.teacher_loss, rel=0.01)
+    assert half.history[4] == pytest.approx(full.history[4], rel=0.01)
+
+
 def test_without_a_teacher_or_validation_images_there_is_nothing_to_report(run, data):
     _, result = run(teacher=None)
     assert result.teacher_loss is None and set(result.history) == {0, 4}

@@ -1,0 +1,289 @@
+"""Compresses Stable Diffusion (1.x, 2.x, XL) to several sizes at once.
+
+    accelerate launch recipes/compress_sd.py --pretrained_model_name_or_path DIR --train_data_dir IMAGES \
+        --sizes 0.4 0.6 0.8 1.0 --mixed_precision bf16 --output_dir OUT
+
+makes a diffusers pipeline folder that holds all sizes of the UNet in one set of weights; `OFAPipeline.from_pretrained`
+loads it, and its call takes `size=0.4`. Text encoders, VAE and scheduler stay what they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from compression_run import (
+    PRECISIONS,
+    Setup,
+    cannot_load,
+    check_hub,
+    check_output_dir,
+    check_pipeline_folder,
+    check_sizes,
+    common_parser,
+    count,
+    finish,
+    joint_run,
+    make_accelerator,
+    make_noise_scheduler,
+    make_supernet,
+    run_recipe,
+)
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from ofadiff.training.checkpoint import find_checkpoint
+from ofadiff.training.data import check_images, dataset_images, hold_out, load_dataset_split
+from ofadiff.training.encoder import CAPTION_ENCODERS, TextToImageEncoder
+from ofadiff.training.latent_cache import LatentCache, LatentData
+from ofadiff.training.losses import prepare_latents
+from ofadiff.training.text_to_image import TextToImageData, dataset_captions
+from ofadiff.training.train import TrainingResult
+
+PIPELINES = {pipeline.__name__: pipeline for pipeline in CAPTION_ENCODERS}
+EXPECTED = f"a pipeline folder of a {' or '.join(PIPELINES)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the original model's configuration says."""
+
+    folder: Path
+    pipeline_class: type[DiffusionPipeline]
+    noise_scheduler: DDPMScheduler
+
+
+def compress(args: argparse.Namespace) -> TrainingResult:
+    """Makes `args.output_dir` from `args.pretrained_model_name_or_path`.
+
+    Raises:
+        ValueError: If something the user gave cannot work; before any training.
+    """
+    return train_and_save(args, set_up(args))
+
+
+def set_up(args: argparse.Namespace) -> Setup:
+    """Everything before training. Raises ValueError if something the user gave cannot work."""
+    # What can be wrong is found out before any model is loaded.
+    check_output_dir(args)
+    check_hub(args)
+    find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    accelerator = make_accelerator(args)
+    with accelerator.main_process_first():
+        plan = read_pipeline(args)
+        train_data, validation_data = load_data(args, accelerator)
+    precision = PRECISIONS[accelerator.mixed_precision]
+    cache = make_latent_cache(args, train_data, precision)
+    accelerator.wait_for_everyone()
+
+    # The frozen parts; with cached latents the encoders leave the device once everything is encoded.
+    pipeline = load_pipeline(args, plan)
+    teacher, encode = freeze(pipeline, precision)
+    encode.to(accelerator.device)
+    if cache is not None:
+        every_image = TextToImageData(
+            train_data.images, train_data.captions, args.resolution, center_crop=True, random_flip=args.random_flip
+        )
+        share = accelerator.process_index, accelerator.num_processes
+        cache.write(every_image, encode, *share, args.dataloader_num_workers, accelerator.is_local_main_process)
+        accelerator.wait_for_everyone()
+        encode.to("cpu")
+        train_data = LatentData(train_data, cache)
+        validation_data = None if validation_data is None else LatentData(validation_data, cache)
+
+    # The supernet: rotate, rank, give every size its widths.
+    prepare = functools.partial(
+        prepare_latents,
+        noise_scheduler=plan.noise_scheduler,
+        encode=encode if cache is None else None,
+        snr_gamma=args.snr_gamma,
+        noise_offset=args.noise_offset,
+    )
+    supernet, checkpoint = make_supernet(args, pipeline.unet, train_data, prepare, accelerator)
+    pipeline.register_modules(unet=supernet.model)
+    sample = functools.partial(sample_images, args, encode, accelerator)
+    return Setup(accelerator, pipeline, prepare, train_data, validation_data, teacher, supernet, checkpoint, sample)
+
+
+def train_and_save(args: argparse.Namespace, setup: Setup) -> TrainingResult:
+    """Joint training, one subnet per step, and the pipeline folder that comes out of it."""
+    result = joint_run(args, setup, columns=len(args.validation_prompts or []))
+
+    # The original pipeline, loaded anew in full precision, with the supernet in place of its UNet.
+    if setup.accelerator.is_main_process:
+        folder, unet = setup.pipeline.name_or_path, setup.supernet.model
+        pipeline = DiffusionPipeline.from_pretrained(folder, variant=args.variant, unet=unet)
+        pipeline.save_pretrained(args.output_dir)
+        setup.supernet.save_metadata(Path(args.output_dir) / "unet")
+    return finish(args, setup, result)
+
+
+def read_pipeline(args: argparse.Namespace) -> Plan:
+    """Checks the original pipeline by its configuration files."""
+    name = args.pretrained_model_name_or_path
+    check_pipeline_folder(name, EXPECTED)
+    try:
+        index = DiffusionPipeline.load_config(name, revision=args.revision, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as error:
+        raise cannot_load(name, EXPECTED, error) from error
+    if index["_class_name"] not in PIPELINES:
+        raise ValueError(f"{name} is a {index['_class_name']}; expected {EXPECTED}")
+    try:
+        folder = pipeline_folder(args)
+        scheduler = DDPMScheduler.load_config(folder, subfolder="scheduler")
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+    except (OSError, ValueError) as error:
+        raise cannot_load(name, EXPECTED, error) from error
+
+    channels = unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels
+    if len(set(channels)) > 1:
+        raise ValueError(
+            f"the UNet of {name} has {channels[0]} input and {channels[1]} output channels, its VAE {channels[2]}; "
+            "expected equal numbers, as text-to-image models have"
+        )
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if args.resolution % factor:
+        raise ValueError(f"--resolution {args.resolution} is not a multiple of {factor}, as this model's VAE needs")
+    check_sizes(args, unet)
+    return Plan(folder, PIPELINES[index["_class_name"]], make_noise_scheduler(scheduler["_class_name"], scheduler))
+
+
+def pipeline_folder(args: argparse.Namespace) -> Path:
+    """The original pipeline's folder; a hub name is downloaded first."""
+    name = args.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        return Path(name)
+    where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    return Path(DiffusionPipeline.download(name, **where))
+
+
+def load_pipeline(args: argparse.Namespace, plan: Plan) -> DiffusionPipeline:
+    """The original pipeline in full precision, without its safety checker."""
+    without = {}
+    if plan.pipeline_class is StableDiffusionPipeline:
+        without = {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        pipeline = plan.pipeline_class.from_pretrained(plan.folder, variant=args.variant, **without)
+    except (AttributeError, OSError, ValueError) as error:
+        raise cannot_load(args.pretrained_model_name_or_path, EXPECTED, error) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def freeze(pipeline: DiffusionPipeline, precision: torch.dtype) -> tuple[UNet2DConditionModel, TextToImageEncoder]:
+    """The teacher, and the VAE with the text encoders, in a precision; what float16 is too small for in float32."""
+    teacher, encode = copy.deepcopy(pipeline.unet), TextToImageEncoder(pipeline)
+    if precision != torch.float32:
+        for module in (teacher, *encode.modules):
+            module.to(precision)
+    if precision == torch.float16 and pipeline.vae.config.force_upcast:
+        pipeline.vae.to(torch.float32)
+    return teacher.requires_grad_(False), encode
+
+
+def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[TextToImageData, TextToImageData | None]:
+    """Training and validation images with their captions, all of them checked."""
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        raise ValueError("give the images with one of --train_data_dir and --dataset_name")
+    if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
+        raise ValueError(f"--train_data_dir {args.train_data_dir} is not a folder")
+    if args.cache_dir_latents and not args.center_crop:
+        raise ValueError("--cache_dir_latents needs --center_crop: random crops differ every time")
+    source = args.train_data_dir or args.dataset_name
+    dataset = load_dataset_split(source, args.dataset_config_name, args.dataset_split, args.cache_dir)
+    captions = dataset_captions(dataset, args.caption_column)
+    images = dataset_images(dataset, args.image_column)
+    check_images(images, args.dataloader_num_workers, accelerator.is_local_main_process)
+
+    training, validation = hold_out(len(images.names), args.validation_fraction, args.seed)
+    train_data = TextToImageData(
+        images,
+        captions,
+        args.resolution,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        empty_captions=args.proportion_empty_prompts,
+        indices=training,
+    )
+    if not validation:
+        return train_data, None
+    return train_data, TextToImageData(images, captions, args.resolution, center_crop=True, indices=validation)
+
+
+def make_latent_cache(args: argparse.Namespace, data: TextToImageData, dtype: torch.dtype) -> LatentCache | None:
+    """The folder of `--cache_dir_latents`, if one is asked for: new, empty, or made from the same things."""
+    if args.cache_dir_latents is None:
+        return None
+    description = {
+        "model": args.pretrained_model_name_or_path,
+        "revision": args.revision,
+        "variant": args.variant,
+        "precision": str(dtype).removeprefix("torch."),
+        "resolution": args.resolution,
+        "random_flip": args.random_flip,
+        "data": args.train_data_dir or args.dataset_name,
+        "images": len(data.images.names),
+        "captions": hashlib.sha256(json.dumps(data.captions).encode()).hexdigest(),
+    }
+    return LatentCache(args.cache_dir_latents, description)
+
+
+def sample_images(
+    args: argparse.Namespace,
+    encode: TextToImageEncoder,
+    accelerator: Accelerator,
+    generators: list[torch.Generator],
+) -> list[Image.Image]:
+    """One image for each validation prompt, at the supernet's size."""
+    encode.to(accelerator.device)
+    options = {"num_inference_steps": args.validation_inference_steps, "guidance_scale": args.guidance_scale}
+    options |= {"height": args.resolution, "width": args.resolution}
+    images = [
+        encode.pipeline(prompt, generator=generator, **options).images[0]
+        for prompt, generator in zip(args.validation_prompts, generators, strict=True)
+    ]
+    if args.cache_dir_latents:
+        encode.to("cpu")
+    return images
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line; names as in diffusers' training examples where these have one."""
+    parser, add_to = common_parser("Compress Stable Diffusion to several sizes in one joint training run.")
+    add = add_to["data"]
+    add("--train_data_dir", help="folder of images with a metadata.jsonl (file_name, text), or of parquet files")
+    add("--caption_column", default="text", help="column of captions: strings, or lists to pick one from")
+    add("--revision", help="of the original model on the hub")
+    add("--variant", help="of the original model's weight files, such as fp16")
+    add("--resolution", type=count(1), default=512, help="side of the images in pixels")
+    add("--center_crop", action="store_true", help="crop the middle of each image; by default a random square")
+    add("--cache_dir_latents", help="encode images and captions once and keep them in this folder")
+    add = add_to["training"]
+    add("--proportion_empty_prompts", type=float, default=0.1, help="share of captions left out, for guidance")
+    add("--snr_gamma", type=float, help="min-SNR weighting of timesteps with this gamma, such as 5; none by default")
+    add("--noise_offset", type=float, default=0.0, help="size of a random shift of each channel's noise, such as 0.05")
+    add = add_to["watching"]
+    add("--validation_prompts", nargs="+", help="prompts drawn at every size at each validation; none by default")
+    add("--validation_inference_steps", type=count(1), default=25, help="denoising steps of these images")
+    add("--guidance_scale", type=float, default=7.5, help="of these images")
+    parser.set_defaults(
+        tracker_project_name="ofadiff-sd",
+        validation_fraction=0.02,
+        max_train_steps=50_000,
+        learning_rate=5e-5,
+        lr_warmup_steps=500,
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run_recipe(make_parser(), set_up, train_and_save)
