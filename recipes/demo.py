@@ -16,7 +16,7 @@ import compress_ddpm
 import extract
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -75,13 +75,14 @@ def demo(args: argparse.Namespace) -> Report:
             *("--output_dir", str(folder / "ofa")),
             *("--sizes", *map(str, SIZES)),
             *("--validation_fraction", str(VALIDATION_FRACTION)),
-            *("--validation_samples", "1024"),
+            *("--validation_samples", str(args.validation_samples)),
             *("--max_train_steps", str(args.joint_steps)),
             *("--train_batch_size", str(BATCH_SIZE)),
             *("--learning_rate", "5e-4"),
             *("--ema_decay", "0.995"),
             *("--validation_steps", str(args.joint_steps)),
             *("--checkpointing_steps", str(args.joint_steps)),
+            *("--ddpm_num_inference_steps", str(INFERENCE_STEPS)),
             *("--seed", str(args.seed)),
         ]
     )
@@ -115,6 +116,7 @@ def measure(folder: Path, reference: torch.Tensor, result: TrainingResult, args:
         "num_samples": args.num_samples,
         "num_inference_steps": INFERENCE_STEPS,
         "batch_size": 100,
+        "cost_batch_size": 16,
         "seed": args.seed,
     }
     report = evaluate(
@@ -150,14 +152,14 @@ def as_uint8(data: ImageData) -> torch.Tensor:
 
 
 class DigitFeatures(nn.Module):
-    """A small convolutional classifier; what it calls features is its last hidden layer, `(N, 64)`."""
+    """A small convolutional classifier; its features are the last hidden layer, normalised, `(N, 64)`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.hidden = nn.Sequential(
             *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Linear(64 * (RESOLUTION // 4) ** 2, 64), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * (RESOLUTION // 4) ** 2, 64), nn.ReLU(), nn.BatchNorm1d(64)),
         )
         self.classes = nn.Linear(64, CLASSES)
 
@@ -215,9 +217,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output_dir", default="demo", help="folder to make; must be new or empty")
-    add("--teacher_steps", type=int, default=1300, help="training steps of the original model")
-    add("--joint_steps", type=int, default=1000, help="training steps of the joint run")
-    add("--num_samples", type=int, default=450, help="images sampled at every size")
+    add("--teacher_steps", type=int, default=1000, help="training steps of the original model")
+    add("--joint_steps", type=int, default=800, help="training steps of the joint run")
+    add("--num_samples", type=int, default=300, help="images sampled at every size")
+    add("--validation_samples", type=int, default=1024, help="noisy images of a validation loss")
     add("--seed", type=int, default=0, help="of everything random")
     return parser
 
