@@ -33,6 +33,7 @@ from ofadiff.allocation import BUDGETS
 from ofadiff.channels import ChannelGroup
 from ofadiff.importance import CRITERIA
 from ofadiff.reweight import STRATEGIES
+from ofadiff.sizes import SizeTable
 from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint, list_checkpoints
 from ofadiff.training.data import Samples, fixed_batches
 from ofadiff.training.losses import TARGETS, Prepare, denoising_loss
@@ -125,11 +126,11 @@ def cannot_load(name: str, expected: str, error: Exception) -> ValueError:
     return ValueError(f"cannot load {name}, expected {expected}; {reason}")
 
 
-def check_sizes(args: argparse.Namespace, denoiser: ModelMixin) -> None:
+def check_sizes(args: argparse.Namespace, denoiser: ModelMixin) -> SizeTable:
     """Raises ValueError unless the sizes can be met. Weights do not matter, so the model may be on the meta device."""
     groups = find_channel_groups(denoiser)
     alike = {group.name: torch.ones(group.width) for group in groups}
-    allocate(denoiser, groups, alike, args.sizes, args.budget, args.min_keep)
+    return allocate(denoiser, groups, alike, args.sizes, args.budget, args.min_keep)
 
 
 def make_noise_scheduler(name: str, config: Mapping[str, Any]) -> DDPMScheduler:

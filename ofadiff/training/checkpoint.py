@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,7 @@ def save_checkpoint(state: TrainingState, output_dir: str | Path, total_limit: i
     state.supernet.save_pretrained(unfinished / DENOISER)
     save_file(_by_name(state), unfinished / "ema.safetensors")
     optimizer = state.optimizer.state_dict()
-    entries = {
-        f"{index}.{name}": value for index, values in optimizer["state"].items() for name, value in values.items()
-    }
+    entries = dict(_flat(optimizer["state"]))
     # A file cannot hold one tensor under two names, and 8-bit optimizers share their tables: so each gets its own.
     tensors = {
         key: value.to("cpu", copy=True).contiguous() for key, value in entries.items() if isinstance(value, Tensor)
@@ -109,11 +107,9 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     averages = load_file(checkpoint / "ema.safetensors")
     for name, average in _by_name(state).items():
         average.copy_(averages[name])
-    entries: dict[int, dict[str, Any]] = {}
-    for key, value in {**load_file(checkpoint / "optimizer.safetensors"), **saved["optimizer"]}.items():
-        index, name = key.split(".")
-        entries.setdefault(int(index), {})[name] = value
-    state.optimizer.load_state_dict({"state": entries, "param_groups": saved["param_groups"]})
+    entries = {**load_file(checkpoint / "optimizer.safetensors"), **saved["optimizer"]}
+    optimizer_state = {int(index): values for index, values in _nested(entries).items()}
+    state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": saved["param_groups"]})
     state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if state.scaler is not None:
         state.scaler.load_state_dict(saved["scaler"])
@@ -167,6 +163,26 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
 def _by_name(state: TrainingState) -> dict[str, Tensor]:
     names = [name for name, _ in state.supernet.model.named_parameters()]
     return dict(zip(names, state.ema.shadow_params, strict=True))
+
+
+def _flat(values: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in a dict of dicts, by its path."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def _nested(entries: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in entries.items():
+        *outer, name = path.split(".")
+        place = nested
+        for step in outer:
+            place = place.setdefault(step, {})
+        place[name] = value
+    return nested
 
 
 def _load_supernet(supernet: Supernet, checkpoint: Path) -> None:

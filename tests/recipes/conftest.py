@@ -6,19 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
+from training.conftest import fresh_accelerate  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 # A recipe imports its neighbours: Python puts a script's own folder first on the path.
 sys.path.insert(0, str(ROOT / "recipes"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps process-wide state, such as the precision; no test may inherit it."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

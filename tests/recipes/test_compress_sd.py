@@ -1,11 +1,12 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 import yaml
-from compression_run import make_noise_scheduler, parse_args
+from compression_run import check_sizes, make_noise_scheduler, parse_args
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from recipes.tiny_stable_diffusion import save_captioned_images, save_stable_diffusion, save_stable_diffusion_xl
@@ -159,6 +160,33 @@ def test_a_configuration_file_stands_in_for_flags(flags, files, tmp_path, capsys
         with pytest.raises(SystemExit) as exit:
             parse_args(make_parser(), ["--config", str(config), *flags(sizes=None)])
         assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_sizes_of_stable_diffusion_15_are_known_before_any_weight_is_loaded(flags):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
+        )
+    table = check_sizes(make_parser().parse_args(flags(sizes="0.35 0.6 1.0")), unet)
+    assert table.full_params == 859_520_964
+    assert table.full_macs == pytest.approx(402e9, rel=0.01)
+    for subnet in table:
+        assert subnet.params / table.full_params == pytest.approx(subnet.size, abs=0.005)
+    # A quarter of every internal width leaves 34 % of the parameters.
+    with pytest.raises(ValueError, match=r"the smallest subnet has 0\.34\d* of the full model"):
+        check_sizes(make_parser().parse_args(flags(sizes="0.3 1.0")), unet)
+
+
+def test_the_result_is_uploaded_without_checkpoints_if_asked_for(run, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--push_to_hub needs a login: run `hf auth login` first"):
+        run(push_to_hub=True)
+    uploads = []
+    monkeypatch.setattr("compression_run.whoami", dict)
+    monkeypatch.setattr("compression_run.create_repo", lambda name, exist_ok: SimpleNamespace(repo_id=f"me/{name}"))
+    monkeypatch.setattr("compression_run.upload_folder", lambda **options: uploads.append(options))
+    run(push_to_hub=True, max_train_steps=1)
+    assert [(upload["repo_id"], upload["folder_path"]) for upload in uploads] == [("me/out", str(tmp_path / "out"))]
+    assert "checkpoint-*" in uploads[0]["ignore_patterns"]
 
 
 def test_a_mistake_ends_in_one_sentence_without_a_traceback(launch, flags, tmp_path):

@@ -94,7 +94,7 @@ def test_the_oldest_checkpoints_beyond_the_limit_go(tmp_path):
 
 
 class TabledSGD(torch.optim.Optimizer):
-    """Momentum, with what 8-bit optimizers keep beside tensors: a step that is a number, and one table for all."""
+    """Momentum, with what 8-bit optimizers keep beside it: a number of steps, and, deeper, a table that all share."""
 
     table = torch.linspace(-1, 1, 5)
 
@@ -105,7 +105,7 @@ class TabledSGD(torch.optim.Optimizer):
         for parameter in self.param_groups[0]["params"]:
             state = self.state[parameter]
             if not state:
-                state.update(step=0, momentum=torch.zeros_like(parameter), table=self.table)
+                state.update(step=0, momentum=torch.zeros_like(parameter), quantization={"table": self.table})
             state["step"] += 1
             state["momentum"].mul_(0.9).add_(parameter.grad / state["step"])
             parameter.data.sub_(state["momentum"], alpha=0.1)
@@ -119,6 +119,8 @@ def test_optimizers_may_keep_numbers_and_share_tensors(tmp_path):
     load_checkpoint(loaded, checkpoint)
     advance(loaded, 2)
     assert all(torch.equal(*pair) for pair in zip(weights(state), weights(loaded), strict=True))
+    for values in loaded.optimizer.state.values():
+        assert values["step"] == 4 and torch.equal(values["quantization"]["table"], TabledSGD.table)
 
 
 def test_another_run_cannot_be_resumed(tmp_path):
