@@ -9,6 +9,7 @@ construction.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,7 @@ def allocate(
 
     Raises:
         ValueError: If an argument is out of range, scores do not fit the groups, or a size is below the smallest
-            possible one, which is named.
+            possible one, which is named, or two sizes come to the same subnet.
 
     Example:
         >>> subnets = allocate(unet, groups, scores, sizes=(0.5, 0.75, 1.0))
@@ -91,6 +92,11 @@ def allocate(
         )
         for size, widths in widths_of.items()
     ]
+    for smaller, larger in itertools.pairwise(subnets):
+        if smaller.widths == larger.widths:
+            raise ValueError(
+                f"sizes {smaller.size:g} and {larger.size:g} come to the same subnet; no width lies between them"
+            )
     return SizeTable(subnets, budget, min_keep, costs.params, costs.macs)
 
 

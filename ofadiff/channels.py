@@ -156,16 +156,15 @@ def _cut(tensor: torch.Tensor, dim: int, kept: Kept) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
-def read_active_part(stored: Any, parameter: str, kept: Kept) -> torch.Tensor:
+def read_active_part(stored: Any, parameter: str, kept: Kept, dtype: torch.dtype) -> torch.Tensor:
     """`active_part` of a parameter that lies in a safetensors file, reading no more than that part.
 
     Args:
         stored: What `safe_open(…).get_slice(key)` gives.
         parameter: `"weight"` or `"bias"`.
         kept: Slices of the module that are not at full width, each with the units kept.
+        dtype: Of the result; queries are scaled in it, as in a model of that dtype.
     """
-    if not kept:
-        return stored[:]
     for dim, axis in enumerate(("out", "in")):
         on_axis = [entry for entry in kept if entry[0].axis == axis]
         if not on_axis or (dim == 1 and parameter != "weight"):
@@ -173,14 +172,14 @@ def read_active_part(stored: Any, parameter: str, kept: Kept) -> torch.Tensor:
         pieces = []
         for part, start, length, units in _spans(stored.get_shape()[dim], on_axis):
             if part is None:
-                pieces.append(_read(stored, dim, start, length))
+                pieces.append(_read(stored, dim, start, length).to(dtype))
                 continue
             stride = part.units * part.channels
             for repeat in range(part.repeats):
-                piece = _read(stored, dim, start + repeat * stride, units * part.channels)
+                piece = _read(stored, dim, start + repeat * stride, units * part.channels).to(dtype)
                 pieces.append(_scaled(piece, part, units))
         return torch.cat(pieces, dim)
-    return stored[:]
+    return stored[:].to(dtype)
 
 
 def _read(stored: Any, dim: int, start: int, length: int) -> torch.Tensor:

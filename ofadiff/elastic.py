@@ -9,7 +9,7 @@ from torch import nn
 
 from ofadiff.basis import change_module
 from ofadiff.channels import ChannelGroup, Kept, slices_by_module
-from ofadiff.layers import ELASTIC, make_elastic, shrink
+from ofadiff.layers import ELASTIC, check_elastic_type, make_elastic, shrink
 
 
 def permute_units(model: nn.Module, group: ChannelGroup, order: torch.Tensor) -> None:
@@ -28,15 +28,25 @@ def make_model_elastic(model: nn.Module, groups: Sequence[ChannelGroup]) -> None
     """Gives every layer that some group cuts its elastic class, in place.
 
     Raises:
-        ValueError: If the model has elastic layers already.
-        TypeError: If there is no elastic class for a layer's type.
+        ValueError: If the model has elastic layers, adapters or offloading hooks already; nothing is changed then.
+        TypeError: If there is no elastic class for a layer's type; nothing is changed then.
     """
     elastic = tuple(ELASTIC.values())
     for name, module in model.named_modules():
         if isinstance(module, elastic):
             raise ValueError(f"{name} is elastic already; a model belongs to one Supernet")
-    for name in slices_by_module(groups):
-        make_elastic(model.get_submodule(name), name)
+        if name.rpartition(".")[2] == "lora_A":
+            raise ValueError(f"{name} is part of an adapter; merge or unload adapters before compressing")
+    layers = {name: model.get_submodule(name) for name in slices_by_module(groups)}
+    for name, layer in layers.items():
+        check_elastic_type(layer, name)
+        if "forward" in vars(layer):
+            # The hook would go on calling the stock layer's forward, at full size.
+            raise ValueError(
+                f"{name} has a hook in place of its forward (offloading, casting); add it after the Supernet"
+            )
+    for name, layer in layers.items():
+        make_elastic(layer, name)
 
 
 def kept_by_module(groups: Sequence[ChannelGroup], widths: dict[str, int]) -> dict[str, Kept]:

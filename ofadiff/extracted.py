@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from safetensors import safe_open
 from ofadiff.basis import BASIS_NAME, load_basis, save_basis
 from ofadiff.channels import ChannelGroup, active_part, check_widths, read_active_part
 from ofadiff.elastic import kept_by_module, shrink_model
+from ofadiff.sizes import CONFIG_NAME
 from ofadiff.unet_elastic import find_channel_groups
 
 # Key of the widths in an extracted model's config.json.
@@ -50,7 +51,13 @@ class ExtractedModel:
         return loaded
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As in the stock class, with the basis beside the weights."""
+        """As in the stock class, with the basis beside the weights.
+
+        Raises:
+            ValueError: If the folder holds a supernet, which this would destroy.
+        """
+        if (Path(save_directory) / CONFIG_NAME).exists():
+            raise ValueError(f"{save_directory} holds a supernet; save the extracted model in another folder")
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         if self.ofa_basis is not None:
             save_basis(self.ofa_basis, save_directory)
@@ -78,8 +85,7 @@ class ExtractedModel:
         if adapter and not any("lora_A" in key for key in adapter):
             adapter = convert_unet_state_dict_to_peft(adapter)
         stock, widths = self._stock_class, self.config[WIDTHS_KEY]  # type: ignore[attr-defined]
-        with init_empty_weights(include_buffers=False):
-            groups = find_channel_groups(stock.from_config(self.config))  # type: ignore[attr-defined]
+        groups = _groups_of(stock, self.config, widths)  # type: ignore[attr-defined]
         adapter = convert_lora_state_dict(adapter, groups, widths, self.ofa_basis)
         adapter = {f"{dotted}{key}": tensor for key, tensor in adapter.items()}
         return super().load_lora_adapter(adapter, prefix=prefix, **kwargs)  # type: ignore[misc]
@@ -99,7 +105,8 @@ class ExtractedModel:
             raise ValueError(f"the config has no {WIDTHS_KEY!r}, so it is no extracted model; load it as {stock}")
         widths = config.pop(WIDTHS_KEY)
         model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)  # type: ignore[misc]
-        groups = find_channel_groups(model)
+        # Groups that the supernet left out stay at full width.
+        groups = [group for group in find_channel_groups(model) if group.name in widths]
         check_widths(groups, widths)
         shrink_model(model, groups, widths)
         model.register_to_config(**{WIDTHS_KEY: widths})
@@ -146,7 +153,12 @@ def extract(
 
     Returns:
         A stand-alone copy in eval mode, of class `OFA<DiffusersClass>`, on the device and in the dtype of `model`.
+
+    Raises:
+        ValueError: If the weights are not there, because they are offloaded.
     """
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError("the model's weights are offloaded; extract before offloading, or load with size= instead")
     small = empty_extracted_model(type(model), dict(model.config), widths)
     kept = kept_by_module(groups, widths)
     state = {}
@@ -175,7 +187,7 @@ def load_extracted(
         directory: Folder of the denoiser, as `Supernet.save_pretrained` wrote it.
         stock: Class of the denoiser.
         widths: Units that every group keeps.
-        torch_dtype: Dtype of the parameters; float32 by default, as in diffusers.
+        torch_dtype: Dtype of the parameters; float32 unless it is a `torch.dtype`, as in diffusers.
         variant: Variant of the weight files, such as `"fp16"`.
 
     Returns:
@@ -186,23 +198,30 @@ def load_extracted(
     """
     directory = Path(directory)
     small = empty_extracted_model(stock, stock.load_config(directory), widths)
-    kept = kept_by_module(find_channel_groups(stock_on_meta(stock, directory)), widths)
+    kept = kept_by_module(_groups_of(stock, stock.load_config(directory), widths), widths)
+    dtype = torch_dtype if isinstance(torch_dtype, torch.dtype) else torch.float32
     state = {}
     for file, keys in _weight_files(directory, variant).items():
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys() if keys is None else keys:
                 module, _, name = key.rpartition(".")
-                part = read_active_part(weights.get_slice(key), name, kept.get(module, ()))
-                state[key] = part.to(torch_dtype or torch.float32) if part.is_floating_point() else part
+                stored = weights.get_slice(key)
+                is_float = stored.get_dtype().startswith(("F", "BF"))
+                state[key] = (
+                    read_active_part(stored, name, kept.get(module, ()), dtype) if is_float else weights.get_tensor(key)
+                )
     small.load_state_dict(state, assign=True, strict=True)
     small.ofa_basis = load_basis(directory)
-    return small.to(torch_dtype) if torch_dtype is not None else small
+    for buffer in small.buffers():
+        buffer.data = buffer.data.to(dtype) if buffer.is_floating_point() else buffer.data
+    return small
 
 
-def stock_on_meta(stock: type[ModelMixin], directory: Path) -> ModelMixin:
-    """The stock model of a folder's config with its parameters on the meta device."""
+def _groups_of(stock: type[ModelMixin], config: Any, widths: Mapping[str, int]) -> list[ChannelGroup]:
+    """The channel groups that `widths` names, of the full-size model of a config."""
     with init_empty_weights(include_buffers=False):
-        return stock.from_config(stock.load_config(directory))
+        groups = find_channel_groups(stock.from_config(config))
+    return [group for group in groups if group.name in widths]
 
 
 def _weight_files(directory: Path, variant: str | None) -> dict[Path, list[str] | None]:

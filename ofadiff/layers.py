@@ -66,15 +66,20 @@ def active_norm_groups(num_groups: int, kept: Kept) -> int:
     return num_groups
 
 
+def check_elastic_type(layer: nn.Module, name: str) -> None:
+    """Raises TypeError if there is no elastic class for exactly this type of layer."""
+    if type(layer) not in ELASTIC:
+        known = ", ".join(sorted(stock.__name__ for stock in ELASTIC))
+        raise TypeError(f"{name} is a {type(layer).__name__}; elastic layers exist for {known}")
+
+
 def make_elastic(layer: nn.Module, name: str) -> None:
     """Turns a stock layer into its elastic class, in place.
 
     Raises:
         TypeError: If there is no elastic class for exactly this type.
     """
-    if type(layer) not in ELASTIC:
-        known = ", ".join(sorted(stock.__name__ for stock in ELASTIC))
-        raise TypeError(f"{name} is a {type(layer).__name__}; elastic layers exist for {known}")
+    check_elastic_type(layer, name)
     layer.__class__ = ELASTIC[type(layer)]
 
 
@@ -84,9 +89,7 @@ def shrink(layer: nn.Module, name: str, kept: Kept) -> None:
     Raises:
         TypeError: If there is no elastic class for exactly this type.
     """
-    if type(layer) not in ELASTIC:
-        known = ", ".join(sorted(stock.__name__ for stock in ELASTIC))
-        raise TypeError(f"{name} is a {type(layer).__name__}; elastic layers exist for {known}")
+    check_elastic_type(layer, name)
     for parameter, full in list(layer.named_parameters(recurse=False)):
         part = active_part(full.detach(), parameter, kept).clone(memory_format=torch.contiguous_format)
         setattr(layer, parameter, nn.Parameter(part, requires_grad=full.requires_grad))

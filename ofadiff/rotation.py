@@ -19,31 +19,37 @@ from ofadiff.channels import ChannelGroup, Slice
 # Above this condition number of a factor, M would blow up rounding errors (and adapters that pass through it).
 MAX_CONDITION = 1e5
 
+# Left on an attention that was turned.
+ROTATED = "_ofa_rotated"
+
 
 @torch.no_grad()
 def rotate_attention(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
     """Turns every head's q/k and v/o pair into the basis of their singular vectors, in place.
 
-    Changes nothing at full size. Only `rotatable` groups are turned: where a norm or a rotary embedding stands between
-    the projections and the products, it would change the model. A head whose product has no full rank stays as it was.
-    Every turned group gets its `basis`: `"query_key"` M with q ← M q, k ← M⁻ᵀ k, and `"value_output"` N with v ← N v,
-    W_o ← W_o N⁻¹, both `(heads, head_dim, head_dim)` float64. Units of such a group are in their final order, and
-    `Supernet` does not sort them again.
+    Changes nothing at full size, but for rounding in the weights' dtype. Only `rotatable` groups are turned: where a
+    norm or a rotary embedding stands between the projections and the products, it would change the model. A head whose
+    product has no full rank is only sorted, by the size of its offsets' products. Every turned group gets its `basis`:
+    `"query_key"` M with q ← M q, k ← M⁻ᵀ k, and `"value_output"` N with v ← N v, W_o ← W_o N⁻¹, both
+    `(heads, head_dim, head_dim)` float64. Units of such a group are in their final order, and `Supernet` does not sort
+    them again.
 
     Args:
         model: The denoiser that the groups were found in, not on the meta device.
         groups: Its channel groups.
 
     Raises:
-        ValueError: If a group was rotated before.
+        ValueError: If a group, or the model's attention, was rotated before.
     """
     for group in groups:
         if group.basis is not None:
             raise ValueError(f"{group.name} is rotated already; rotate_attention may run once")
+        check_not_rotated(model, group)
     for group in groups:
         if not group.rotatable:
             continue
         group.basis = {}
+        setattr(model.get_submodule(group.name), ROTATED, True)
         for name in dict.fromkeys(part.basis for part in group.slices):
             sides: tuple[list[Slice], list[Slice]] = ([], [])
             for part in group.slices:
@@ -54,6 +60,14 @@ def rotate_attention(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
             for side, change in zip(sides, (M, inverse_transpose(M)), strict=True):
                 for part in side:
                     change_module(model.get_submodule(part.module), part, change)
+
+
+def check_not_rotated(model: nn.Module, group: ChannelGroup) -> None:
+    """Raises ValueError if the model was rotated with other groups: this one does not know the basis then."""
+    if group.basis is None and ROTATED in vars(model.get_submodule(group.name)):
+        raise ValueError(
+            f"{group.name} was rotated with other groups; go on with those that rotate_attention was given"
+        )
 
 
 def _augmented(model: nn.Module, part: Slice) -> torch.Tensor:
@@ -75,10 +89,11 @@ def _singular_basis(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         B: `(heads, d, inputs)`, float64.
 
     Returns:
-        M, `(heads, d, d)`; the identity for heads whose A or B is (nearly) rank-deficient.
+        M, `(heads, d, d)`; for heads whose A or B is (nearly) rank-deficient a permutation, the largest products first.
     """
     heads, d = A.shape[:2]
-    M = torch.eye(d, dtype=A.dtype, device=A.device).repeat(heads, 1, 1)
+    products = torch.linalg.vector_norm(A, dim=-1) * torch.linalg.vector_norm(B, dim=-1)
+    M = torch.eye(d, dtype=A.dtype, device=A.device)[products.argsort(dim=-1, descending=True, stable=True)]
     if min(A.shape[-1], B.shape[-1]) < d:
         return M
     for head in range(heads):

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
+CONFIG_NAME = "ofa_config.json"
+
 
 @dataclass(frozen=True)
 class Subnet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,10 @@ from ofadiff.allocation import check_scores
 from ofadiff.basis import PERMUTATION, load_basis, save_basis
 from ofadiff.channels import ChannelGroup, Slice, check_widths
 from ofadiff.elastic import kept_by_module, make_model_elastic, permute_units
-from ofadiff.sizes import SizeTable
+from ofadiff.rotation import check_not_rotated
+from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.unet_elastic import find_channel_groups
 
-CONFIG_NAME = "ofa_config.json"
 FORMAT_VERSION = 1
 
 
@@ -40,7 +41,9 @@ class Supernet:
         provenance: What to remember of how it was made (JSON values), such as the criterion and the teacher.
 
     Raises:
-        ValueError: If scores or widths do not fit the groups, or the model is elastic already.
+        ValueError: If scores or widths do not fit the groups, subnets do not nest, or the model is elastic, extracted,
+            adapted, offloaded, or was rotated with other groups.
+        TypeError: If `provenance` holds more than JSON values.
 
     Example:
         >>> supernet = Supernet(unet, groups, scores, subnets)
@@ -56,9 +59,17 @@ class Supernet:
         subnets: SizeTable,
         provenance: dict[str, Any] | None = None,
     ) -> None:
+        if isinstance(model, extracted.ExtractedModel):
+            raise ValueError(f"the model is an extracted {type(model).__name__}; compress the original model instead")
         check_scores(groups, scores)
         for subnet in subnets:
             check_widths(groups, subnet.widths)
+        for smaller, larger in itertools.pairwise(subnets):
+            if any(width > larger.widths[name] for name, width in smaller.widths.items()):
+                raise ValueError(f"the subnets of sizes {smaller.size:g} and {larger.size:g} do not nest")
+        for group in groups:
+            check_not_rotated(model, group)
+        provenance = json.loads(json.dumps(provenance or {}))  # what cannot be saved is an error now
         basis = {}
         make_model_elastic(model, groups)
         for group in groups:
@@ -69,7 +80,7 @@ class Supernet:
             else:
                 for name, matrices in group.basis.items():
                     basis[f"{group.name}.{name}"] = matrices.cpu()
-        self._build(model, groups, subnets, basis, provenance or {})
+        self._build(model, groups, subnets, basis, provenance)
 
     def _build(
         self,
@@ -184,13 +195,28 @@ class Supernet:
         Args:
             save_directory: Folder of the denoiser, such as `unet/` of a pipeline; made if it is not there.
             **kwargs: As in the denoiser's own `save_pretrained`, such as `variant` or `max_shard_size`.
+
+        Raises:
+            ValueError: If the target is a file, adapters are loaded, or `safe_serialization` is off.
         """
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError("safe_serialization=False: a supernet is saved as safetensors only")
+        if kwargs.get("is_main_process", True):
+            self.save_metadata(save_directory)
         self.model.save_pretrained(save_directory, **kwargs)
-        self.save_metadata(save_directory)
 
     def save_metadata(self, directory: str | Path) -> None:
-        """Writes `ofa_config.json` and `ofa_basis.safetensors` into a folder that holds the denoiser."""
+        """Writes `ofa_config.json` and `ofa_basis.safetensors` into the denoiser's folder.
+
+        Raises:
+            ValueError: If the target is a file, or adapters are loaded: the weights would be saved under other names.
+        """
         directory = Path(directory)
+        if directory.is_file():
+            raise ValueError(f"{directory} is a file; a supernet is saved in a folder")
+        if self._adapted:
+            raise ValueError("the model has adapters; unload_lora_weights() before saving the supernet")
+        directory.mkdir(parents=True, exist_ok=True)
         save_basis(self.basis, directory)
         values = {
             "format_version": FORMAT_VERSION,
@@ -209,13 +235,18 @@ class Supernet:
             **kwargs: As in the denoiser's own `from_pretrained`, such as `torch_dtype` or `variant`.
 
         Raises:
-            ValueError: If the folder is no OFA checkpoint, or was made for other channel groups.
+            ValueError: If the folder is no OFA checkpoint, was made for other channel groups, or an argument cannot
+                work.
         """
+        for name in ("device_map", "quantization_config", "output_loading_info", "subfolder"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is not supported for a supernet; load one size with OFAPipeline instead")
         directory = Path(directory)
         values = read_ofa_config(directory)
         stock = denoiser_class(directory)
         model = stock.from_pretrained(directory, **kwargs)
-        groups = find_channel_groups(model)
+        saved = {group["name"] for group in values["groups"]}
+        groups = [group for group in find_channel_groups(model) if group.name in saved]
         _check_fingerprints(groups, values["groups"], directory)
         make_model_elastic(model, groups)
         supernet = cls.__new__(cls)

@@ -39,7 +39,8 @@ def extract(args: argparse.Namespace) -> list[Path]:
     for size, folder in folders.items():
         dtype = DTYPES[args.dtype]
         pipeline = OFAPipeline.from_pretrained(checkpoint, size=size, variant=args.variant)
-        pipeline.components[denoiser].to(dtype)
+        if pipeline.components[denoiser].dtype != dtype:
+            pipeline.components[denoiser].to(dtype)
         pipeline.extract(size).save_pretrained(folder, variant=args.save_variant)
         params = count_parameters(pipeline.components[denoiser])
         print(f"{folder}: {params / 1e6:.2f} M parameters, {params / subnets.full_params:.1%} of the full model")
@@ -74,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         extract(args)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 

@@ -99,6 +99,8 @@ def test_bad_input():
         allocate(unet, groups, scores, min_keep=0)
     with pytest.raises(ValueError, match=r"have shape \(3,\); it must be \(8,\)"):
         allocate(unet, groups, {**scores, groups[0].name: torch.ones(3)})
+    with pytest.raises(ValueError, match=r"sizes 0\.5 and 0\.50001 come to the same subnet"):
+        allocate(unet, groups, scores, sizes=(0.5, 0.50001))
     with pytest.raises(ValueError, match="scores lack"):
         allocate(unet, groups, {})
     with pytest.raises(ValueError, match="finite and not negative"):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import make_unet, output, plain_unet, random_inputs, relative_error
 
-from ofadiff import find_channel_groups, rotate_attention
+from ofadiff import Supernet, allocate, find_channel_groups, rotate_attention, score_channels
 from ofadiff.elastic import make_model_elastic, set_widths
 
 
@@ -72,7 +72,7 @@ def test_the_basis_leads_from_the_original_weights_to_the_rotated_ones():
     assert torch.linalg.cond(M).max() < 100  # adapters pass through M
 
 
-def test_a_head_without_full_rank_stays_as_it_was():
+def test_a_head_without_full_rank_is_only_sorted():
     model = plain_unet().double().eval()
     group = next(group for group in find_channel_groups(model) if group.rotatable)
     attn = model.get_submodule(group.name)
@@ -82,10 +82,13 @@ def test_a_head_without_full_rank_stays_as_it_was():
     inputs = random_inputs(model)
     before = output(model, inputs)
     rotate_attention(model, [group])
-    head_dim = group.width
-    assert torch.equal(group.basis["query_key"][0], torch.eye(head_dim, dtype=torch.float64))
-    assert not torch.equal(group.basis["query_key"][1], torch.eye(head_dim, dtype=torch.float64))
+    permutation, turned = group.basis["query_key"][:2]
+    assert torch.equal(permutation @ permutation.T, torch.eye(group.width, dtype=torch.float64))
+    assert set(permutation.unique().tolist()) == {0.0, 1.0}
+    assert not torch.allclose(turned @ turned.T, torch.eye(group.width, dtype=torch.float64))
     assert relative_error(output(model, inputs), before) < 1e-12
+    # What attends to nothing comes last.
+    assert torch.all(attn.to_k.weight[: group.width][-3:] == 0) and torch.all(attn.to_k.weight[0] != 0)
 
 
 def test_rotating_twice_is_refused():
@@ -94,3 +97,9 @@ def test_rotating_twice_is_refused():
     rotate_attention(unet, groups)
     with pytest.raises(ValueError, match="rotated already"):
         rotate_attention(unet, groups)
+    fresh = find_channel_groups(unet)
+    with pytest.raises(ValueError, match="was rotated with other groups"):
+        rotate_attention(unet, fresh)
+    scores = score_channels(unet, fresh, criterion="random")
+    with pytest.raises(ValueError, match="was rotated with other groups"):
+        Supernet(unet, fresh, scores, allocate(unet, fresh, scores))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import (
     SIZES,
     make_supernet,
@@ -15,8 +16,10 @@ from conftest import (
     squared_output_loss,
 )
 from diffusers import UNet2DModel
+from peft import LoraConfig
 
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
+from ofadiff.basis import change_module, change_of_basis
 from ofadiff.channels import slices_by_module
 from ofadiff.cost import count_macs, count_parameters
 from ofadiff.elastic import kept_by_module
@@ -93,13 +96,15 @@ def test_what_a_size_does_not_use_gets_no_gradient(unet, checkpointing):
     groups = {group.name: group for group in supernet.groups}
     for module, parts in slices_by_module(supernet.groups).items():
         for group, part in parts:
-            weight = unet.get_submodule(module).weight
-            dim = 0 if part.axis == "out" else 1
-            gradient = weight.grad.movedim(dim, 0).flatten(1) if weight.ndim > 1 else weight.grad[:, None]
-            per_unit = part.per_unit(gradient.abs().sum(1))
             kept = widths[groups[group].name]
-            assert torch.all(per_unit[kept:] == 0)
-            assert torch.any(per_unit[:kept] > 0)
+            for name, parameter in unet.get_submodule(module).named_parameters(recurse=False):
+                if part.axis == "in" and name == "bias":
+                    continue
+                gradient = parameter.grad.movedim(0 if part.axis == "out" else 1, 0)
+                per_unit = part.per_unit(gradient.abs().reshape(len(gradient), -1).sum(1))
+                assert torch.all(per_unit[kept:] == 0)
+                # Softmax does not see what a key's bias adds to every score of a query.
+                assert (name == "bias" and module.endswith("to_k")) or torch.all(per_unit[:kept] > 0), module
 
 
 def test_a_subnet_is_the_full_model_with_the_other_units_masked():
@@ -120,6 +125,32 @@ def test_a_subnet_is_the_full_model_with_the_other_units_masked():
                     axis.unflatten(0, (part.repeats, part.units, part.channels))[:, units:] = 0
     supernet.set_size("smallest")
     assert relative_error(output(unet, inputs), output(masked, inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+def test_the_kept_basis_leads_from_the_original_weights_to_the_supernet_s(unet, rotate, tmp_path):
+    original = copy.deepcopy(unet)
+    make_supernet(unet, rotate=rotate).save_pretrained(tmp_path)
+    loaded = Supernet.from_pretrained(tmp_path)
+    for module, parts in slices_by_module(loaded.groups).items():
+        for group, part in parts:
+            change_module(original.get_submodule(module), part, change_of_basis(group, part, loaded.basis))
+    for name, parameter in original.named_parameters():
+        assert torch.allclose(parameter, loaded.model.get_parameter(name), atol=1e-6), name
+
+
+def test_a_supernet_of_some_groups_saves_loads_and_extracts(unet, tmp_path):
+    groups = [group for group in find_channel_groups(unet) if group.kind == "convolution"]
+    scores = score_channels(unet, groups, criterion="magnitude")
+    supernet = Supernet(unet, groups, scores, allocate(unet, groups, scores, sizes=(0.9, 1.0)))
+    supernet.save_pretrained(tmp_path / "supernet")
+    loaded = Supernet.from_pretrained(tmp_path / "supernet")
+    inputs = random_inputs(unet)
+    loaded.set_size(0.9)
+    small = supernet.extract(0.9)
+    small.save_pretrained(tmp_path / "small")
+    assert torch.equal(output(loaded.model, inputs), output(small, inputs))
+    assert torch.equal(output(type(small).from_pretrained(tmp_path / "small"), inputs), output(small, inputs))
 
 
 def test_saving_and_loading_gives_the_same_bits(unet, tmp_path):
@@ -182,6 +213,33 @@ def test_processors_agree_on_the_softmax_scale():
     fused = output(unet, inputs)
     unet.set_attn_processor(AttnProcessor())
     assert relative_error(output(unet, inputs), fused) < 1e-5
+
+
+def test_what_would_go_wrong_silently_is_refused(tmp_path):
+    unet = make_unet("sd15")
+    groups = find_channel_groups(unet)
+    scores = score_channels(unet, groups, criterion="random")
+    table = allocate(unet, groups, scores, sizes=(0.5, 1.0))
+    hooked = cpu_offload(copy.deepcopy(unet), execution_device="cpu")
+    with pytest.raises(ValueError, match="hook in place of its forward"):
+        Supernet(hooked, groups, scores, table)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        Supernet(unet, groups, scores, table, provenance={"teacher": tmp_path})
+    adapted = copy.deepcopy(unet)
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="part of an adapter"):
+        Supernet(adapted, groups, scores, table)
+    supernet = Supernet(unet, groups, scores, table)
+    supernet.save_pretrained(tmp_path / "supernet")
+    small = supernet.extract(0.5)
+    with pytest.raises(ValueError, match="holds a supernet; save the extracted model in another folder"):
+        small.save_pretrained(tmp_path / "supernet")
+    with pytest.raises(ValueError, match="compress the original model instead"):
+        Supernet(small, groups, scores, table)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="has adapters"):
+        supernet.save_pretrained(tmp_path / "supernet")
+    assert Supernet.from_pretrained(tmp_path / "supernet").sizes == (0.5, 1.0)
 
 
 def test_bad_input(tmp_path):

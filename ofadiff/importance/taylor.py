@@ -54,7 +54,10 @@ def taylor(
     # Per sample only where samples are left out later; otherwise the running sum.
     sums = {group.name: torch.zeros(group.width) for group in groups}
     samples: dict[str, list[torch.Tensor]] = {group.name: [] for group in groups}
-    training, gradients = model.training, {p: p.requires_grad for p in model.parameters()}
+    training = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    # float16 gradients of a mean over pixels fall under its smallest number; the scores are scaled back.
+    loss_scale = 2.0**14 if any(p.dtype == torch.float16 for p in gradients) else 1.0
     model.eval().requires_grad_(False)
     try:
         for batch in batches:
@@ -66,15 +69,19 @@ def taylor(
                     )
                 if not torch.isfinite(loss).all():
                     raise ValueError(f"loss_fn gave a loss that is not finite: {loss.detach().tolist()}")
-                loss.sum().backward()
+                (loss.float().sum() * loss_scale).backward()
             losses.append(loss.detach().float().cpu())
-            for name, scores in recorder.unit_scores(len(loss)).items():
+            for name, scaled in recorder.unit_scores(len(loss)).items():
+                scores = scaled / loss_scale
+                if not torch.isfinite(scores).all():
+                    raise ValueError(f"scores of {name} are not finite in {model.dtype}; score in bfloat16 or float32")
                 if loss_threshold:
                     samples[name].append(scores)
                 else:
                     sums[name] += scores.sum(0)
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
         for parameter, flag in gradients.items():
             parameter.requires_grad_(flag)
     if not losses:
@@ -173,7 +180,7 @@ class _Product:
     def __call__(self, gradient: torch.Tensor) -> None:
         # The bias is taken off only now, so that nothing but the activation is held until the backward.
         value = self.value if self.bias is None else self.value - self.bias
-        product = value * gradient
+        product = value.float() * gradient.float()
         positions = [dim for dim in range(1, product.ndim) if dim != self.channel_dim % product.ndim]
-        total = product.sum(positions, dtype=torch.float32) if positions else product.float()
+        total = product.sum(positions) if positions else product
         self.products[self.key] = self.products[self.key] + total if self.key in self.products else total

@@ -29,7 +29,7 @@ class AdapterOfOriginal:
             return
         before = set(self._adapters())
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name=adapter_name, **kwargs)  # type: ignore[misc]
-        swapped = {adapter_name} if kwargs.get("hotswap") else set()
+        swapped = {adapter_name} if adapter_name is not None and kwargs.get("hotswap") else set()
         for name in (set(self._adapters()) - before) | swapped:
             try:
                 self.supernet.adopt_adapter(name)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, ModelMixin
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
+from huggingface_hub import snapshot_download
 
+from ofadiff.basis import BASIS_NAME
 from ofadiff.extracted import load_extracted
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
 from ofadiff.pipelines.lora import AdapterOfOriginal
@@ -55,13 +58,20 @@ class OFAPipeline:
             An instance of the checkpoint's own pipeline class that is an `OFAPipeline` too.
 
         Raises:
-            ValueError: If the checkpoint is no OFA checkpoint, or has no such size.
+            ValueError: If the checkpoint is no OFA checkpoint, has no such size, or an argument cannot work with it.
 
         Example:
             >>> OFAPipeline.from_pretrained("my-ofa-checkpoint", size=0.6, torch_dtype=torch.bfloat16)
         """
+        for argument in ("device_map", "quantization_config"):
+            if kwargs.get(argument):
+                raise ValueError(
+                    f"{argument} is not supported for an OFA checkpoint; extract a size and load that with it"
+                )
         directory = _local_folder(pretrained_model_name_or_path, kwargs)
         name = find_denoiser(directory)
+        if name in kwargs:
+            raise ValueError(f"{name} cannot be passed: the checkpoint's own {name} is what has the sizes")
         subnets = SizeTable.from_dict(read_ofa_config(directory / name))
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         if isinstance(dtype, dict):
@@ -129,9 +139,11 @@ class OFAPipeline:
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As in diffusers; the denoiser's folder gets the supernet's `ofa_config.json` and basis too."""
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError("safe_serialization=False: an OFA checkpoint is saved as safetensors only")
         if self.supernet is not None:
             self.supernet.save_metadata(Path(save_directory) / self._denoiser_name)
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
     def _stock_pipeline(self, **replaced: ModelMixin) -> DiffusionPipeline:
         stock = self._stock_class
@@ -177,9 +189,10 @@ def find_denoiser(directory: str | Path) -> str:
     directory = Path(directory)
     if not (directory / "model_index.json").is_file():
         raise ValueError(f"{directory} holds no model_index.json, so it is no diffusers pipeline folder")
-    for folder in sorted(directory.iterdir()):
-        if (folder / CONFIG_NAME).is_file():
-            return folder.name
+    index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
+    for component in index:
+        if (directory / component / CONFIG_NAME).is_file():
+            return component
     raise ValueError(
         f"{directory} holds no {CONFIG_NAME} in any component, so it is no OFA checkpoint; "
         "recipes/compress_ddpm.py makes one"
@@ -189,8 +202,15 @@ def find_denoiser(directory: str | Path) -> str:
 def _local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    keys = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "variant")
-    return Path(DiffusionPipeline.download(str(name_or_path), **{key: kwargs[key] for key in keys if key in kwargs}))
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name_or_path)):
+        raise ValueError(f"{name_or_path} is neither a folder nor the name of a hub repository")
+    shared = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+    options = {key: kwargs[key] for key in shared if key in kwargs}
+    for_pipeline = {key: kwargs[key] for key in ("proxies", "variant") if key in kwargs}
+    folder = DiffusionPipeline.download(str(name_or_path), **options, **for_pipeline)
+    # diffusers fetches the files that it knows; the supernet's own lie in the same snapshot.
+    snapshot_download(str(name_or_path), allow_patterns=[f"*/{CONFIG_NAME}", f"*/{BASIS_NAME}"], **options)
+    return Path(folder)
 
 
 def _stock_pipeline_class(directory: Path, denoiser: ModelMixin) -> type[DiffusionPipeline]:
@@ -199,6 +219,6 @@ def _stock_pipeline_class(directory: Path, denoiser: ModelMixin) -> type[Diffusi
     stock = getattr(diffusers, name, None)
     if not (isinstance(stock, type) and issubclass(stock, DiffusionPipeline)):
         raise ValueError(f"{index} names the pipeline class {name!r}, which diffusers does not have")
-    if stock is DDPMPipeline and denoiser.config.num_class_embeds is not None:
+    if stock in (DDPMPipeline, DDIMPipeline) and denoiser.config.num_class_embeds is not None:
         return ClassConditionalDDPMPipeline
     return stock

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 from conftest import make_supernet, make_unet, output, plain_unet, random_inputs
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
 
 from ofadiff import OFAPipeline
-from ofadiff.pipelines import ClassConditionalDDPMPipeline
+from ofadiff.pipelines import ClassConditionalDDPMPipeline, ofa_pipeline
 
 
 def sample(pipeline, **arguments):
@@ -103,19 +103,55 @@ def test_saving_keeps_the_sizes(folder, tmp_path):
 @pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")
 def test_dtype_and_variant(folder, tmp_path):
     OFAPipeline.from_pretrained(folder, torch_dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    states = []
     for size in (None, 0.5):
         loaded = OFAPipeline.from_pretrained(tmp_path / "half", size=size, variant="fp16", torch_dtype=torch.bfloat16)
         assert loaded.unet.dtype == torch.bfloat16
+        states.append(loaded.extract(0.5).unet.state_dict())
+    assert all(torch.equal(states[1][name], weight) for name, weight in states[0].items())
 
 
 def test_bad_input(folder, tmp_path):
     with pytest.raises(ValueError, match=r"size is 0\.3; it must be one of 0\.5, 1"):
         OFAPipeline.from_pretrained(folder, size=0.3)
+    with pytest.raises(ValueError, match="unet cannot be passed"):
+        OFAPipeline.from_pretrained(folder, unet=plain_unet())
+    with pytest.raises(ValueError, match="holds a supernet"):
+        OFAPipeline.from_pretrained(folder, size=0.5).save_pretrained(folder)
+    assert OFAPipeline.from_pretrained(folder).sizes == (0.5, 1.0)
     with pytest.raises(ValueError, match=r"no model_index\.json"):
         OFAPipeline.from_pretrained(tmp_path)
     DDPMPipeline(plain_unet(), DDPMScheduler()).save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"holds no ofa_config\.json .*compress_ddpm\.py makes one"):
         OFAPipeline.from_pretrained(tmp_path / "plain")
+
+
+def test_a_hub_repository_is_loaded_with_its_own_files(folder, tmp_path, monkeypatch):
+    # A hub that gives what is asked for: every download copies the files whose names match into one snapshot.
+    snapshot, shown = tmp_path / "snapshot", sample(OFAPipeline.from_pretrained(folder), size=0.5)
+
+    def fetch(patterns):
+        for file in (path for path in folder.rglob("*") if path.is_file()):
+            name = file.relative_to(folder)
+            if any(name.match(pattern) for pattern in patterns):
+                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+                (snapshot / name).write_bytes(file.read_bytes())
+        return str(snapshot)
+
+    known = ["model_index.json", "*/config.json", "*/scheduler_config.json", "*/diffusion_pytorch_model.safetensors"]
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **options: fetch(known))
+    monkeypatch.setattr(ofa_pipeline, "snapshot_download", lambda name, allow_patterns: fetch(allow_patterns))
+    assert torch.equal(sample(OFAPipeline.from_pretrained("someone/compressed"), size=0.5), shown)
+    with pytest.raises(ValueError, match="neither a folder nor the name of a hub repository"):
+        OFAPipeline.from_pretrained("/no/such/folder")
+
+
+def test_a_ddim_folder_takes_class_labels(tmp_path):
+    unet = make_unet("scale_shift")
+    supernet = make_supernet(unet, sizes=(0.5, 1.0))
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "checkpoint")
+    supernet.save_pretrained(tmp_path / "checkpoint" / "unet")
+    assert sample(OFAPipeline.from_pretrained(tmp_path / "checkpoint"), size=0.5).shape == (2, 16, 16, 3)
 
 
 def test_class_labels_are_checked():
