@@ -76,7 +76,9 @@ class OFAPipeline:
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         if isinstance(dtype, dict):
             dtype = dtype.get(name, dtype.get("default", torch.float32))
+        # As in diffusers, a component without files of the variant is loaded without it.
         variant = kwargs.get("variant")
+        variant = variant if any((directory / name).glob(f"*.{variant}*.safetensors")) else None
         if size is None:
             supernet = Supernet.from_pretrained(directory / name, torch_dtype=dtype, variant=variant)
             denoiser = supernet.model

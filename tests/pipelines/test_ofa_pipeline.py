@@ -6,7 +6,15 @@ import sys
 import pytest
 import torch
 from conftest import make_supernet, make_unet, output, plain_unet, random_inputs
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+)
+from tiny_stable_diffusion import save_stable_diffusion
 
 from ofadiff import OFAPipeline
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, ofa_pipeline
@@ -109,6 +117,38 @@ def test_dtype_and_variant(folder, tmp_path):
         assert loaded.unet.dtype == torch.bfloat16
         states.append(loaded.extract(0.5).unet.state_dict())
     assert all(torch.equal(states[1][name], weight) for name, weight in states[0].items())
+
+
+def test_a_variant_that_only_other_components_have(tmp_path):
+    unet = make_unet("sd15")
+    supernet = make_supernet(unet, sizes=(0.5, 1.0))
+    save_stable_diffusion(tmp_path / "checkpoint")
+    supernet.save_pretrained(tmp_path / "checkpoint" / "unet")
+    vae = tmp_path / "checkpoint" / "vae"
+    (vae / "diffusion_pytorch_model.safetensors").rename(vae / "diffusion_pytorch_model.fp16.safetensors")
+    for size in (None, 0.5):
+        pipeline = OFAPipeline.from_pretrained(tmp_path / "checkpoint", size=size, variant="fp16", safety_checker=None)
+        assert isinstance(pipeline, StableDiffusionPipeline) and pipeline.sizes[0] == 0.5
+
+
+def test_text_to_image_at_a_size(tmp_path):
+    unet = make_unet("sd15")
+    supernet = make_supernet(unet, sizes=(0.5, 1.0))
+    save_stable_diffusion(tmp_path / "checkpoint", cross_attention_dim=32)
+    supernet.save_pretrained(tmp_path / "checkpoint" / "unet")
+    pipeline = OFAPipeline.from_pretrained(tmp_path / "checkpoint", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    texts = {"prompt_embeds": torch.randn(1, 12, 32), "negative_prompt_embeds": torch.zeros(1, 12, 32)}
+
+    def image(pipeline, **size):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(**texts, **size, generator=generator, num_inference_steps=2, output_type="pt").images
+
+    small = image(pipeline, size=0.5)
+    assert pipeline.size == 1.0 and not torch.equal(small, image(pipeline))
+    extracted = pipeline.extract(0.5)
+    extracted.set_progress_bar_config(disable=True)
+    assert torch.allclose(image(extracted), small, atol=1e-5)
 
 
 def test_bad_input(folder, tmp_path):
