@@ -18,18 +18,17 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from compression_run import (
     Setup,
+    begin,
     cannot_load,
-    check_hub,
-    check_output_dir,
     check_pipeline_folder,
     check_sizes,
     common_parser,
     count,
     finish,
     joint_run,
-    make_accelerator,
     make_noise_scheduler,
     make_supernet,
     run_recipe,
@@ -38,7 +37,6 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from PIL import Image
 
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
-from ofadiff.training.checkpoint import find_checkpoint
 from ofadiff.training.data import (
     ImageData,
     Images,
@@ -64,14 +62,11 @@ def compress(args: argparse.Namespace) -> TrainingResult:
 def set_up(args: argparse.Namespace) -> Setup:
     """Everything before training. Raises ValueError if something the user gave cannot work."""
     # What can be wrong is found out first.
-    check_output_dir(args)
-    check_hub(args)
-    accelerator = make_accelerator(args)
+    accelerator = begin(args)
     pipeline = load_pipeline(args.pretrained_model_name_or_path, args.cache_dir)
     unet = pipeline.unet
     noise_scheduler = make_noise_scheduler(type(pipeline.scheduler).__name__, pipeline.scheduler.config)
     check_sizes(args, unet)
-    find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     train_data, validation_data = load_data(args, unet, accelerator)
     accelerator.wait_for_everyone()
 
@@ -139,7 +134,8 @@ def load_data(
         images = dataset_images(dataset, args.image_column, args.label_column if conditional else None)
     if conditional:
         check_labels(images, unet)
-    check_images(images, args.dataloader_num_workers, accelerator.is_local_main_process)
+    share = accelerator.process_index, accelerator.num_processes
+    check_images(images, args.dataloader_num_workers, accelerator.is_local_main_process, *share, gather_object)
 
     training, validation = hold_out(len(images.names), args.validation_fraction, args.seed)
     size_and_mode = resolution, unet.config.in_channels

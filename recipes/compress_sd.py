@@ -19,19 +19,18 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from compression_run import (
     PRECISIONS,
     Setup,
+    begin,
     cannot_load,
-    check_hub,
-    check_output_dir,
     check_pipeline_folder,
     check_sizes,
     common_parser,
     count,
     finish,
     joint_run,
-    make_accelerator,
     make_noise_scheduler,
     make_supernet,
     run_recipe,
@@ -39,7 +38,6 @@ from compression_run import (
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from ofadiff.training.checkpoint import find_checkpoint
 from ofadiff.training.data import check_images, dataset_images, hold_out, load_dataset_split
 from ofadiff.training.encoder import CAPTION_ENCODERS, TextToImageEncoder
 from ofadiff.training.latent_cache import LatentCache, LatentData
@@ -72,13 +70,9 @@ def compress(args: argparse.Namespace) -> TrainingResult:
 def set_up(args: argparse.Namespace) -> Setup:
     """Everything before training. Raises ValueError if something the user gave cannot work."""
     # What can be wrong is found out before any model is loaded.
-    check_output_dir(args)
-    check_hub(args)
-    find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    accelerator = make_accelerator(args)
-    with accelerator.main_process_first():
-        plan = read_pipeline(args)
-        train_data, validation_data = load_data(args, accelerator)
+    accelerator = begin(args)
+    plan = read_pipeline(args)
+    train_data, validation_data = load_data(args, accelerator)
     precision = PRECISIONS[accelerator.mixed_precision]
     cache = make_latent_cache(args, train_data, precision)
     accelerator.wait_for_everyone()
@@ -202,7 +196,8 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[TextT
     dataset = load_dataset_split(source, args.dataset_config_name, args.dataset_split, args.cache_dir)
     captions = dataset_captions(dataset, args.caption_column)
     images = dataset_images(dataset, args.image_column)
-    check_images(images, args.dataloader_num_workers, accelerator.is_local_main_process)
+    share = accelerator.process_index, accelerator.num_processes
+    check_images(images, args.dataloader_num_workers, accelerator.is_local_main_process, *share, gather_object)
 
     training, validation = hold_out(len(images.names), args.validation_fraction, args.seed)
     train_data = TextToImageData(

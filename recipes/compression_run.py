@@ -77,6 +77,14 @@ def run_recipe(
 # Checks, before anything is loaded
 
 
+def begin(args: argparse.Namespace) -> Accelerator:
+    """Devices, precision and trackers; what can be wrong with the flags alone is found out first."""
+    check_output_dir(args)
+    check_hub(args)
+    find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    return make_accelerator(args)
+
+
 def check_output_dir(args: argparse.Namespace) -> None:
     """Raises ValueError unless the output folder is new or empty, or may be resumed or overwritten."""
     folder = Path(args.output_dir)

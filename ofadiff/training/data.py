@@ -121,9 +121,6 @@ class _Readable(Dataset[bool]):
     def __init__(self, images: Images) -> None:
         self.images = images
 
-    def __len__(self) -> int:
-        return len(self.images.names)
-
     def __getitem__(self, index: int) -> bool:
         try:
             with self.images.load(index) as image:
@@ -133,15 +130,31 @@ class _Readable(Dataset[bool]):
         return True
 
 
-def check_images(images: Images, num_workers: int = 0, progress: bool = False) -> None:
+def check_images(
+    images: Images,
+    num_workers: int = 0,
+    progress: bool = False,
+    process: int = 0,
+    processes: int = 1,
+    gather: Callable[[list[str]], list[str]] = list,
+) -> None:
     """Decodes every image once, so that a broken one is found before training and not hours later.
+
+    Args:
+        images: What to check.
+        num_workers: Processes that decode them.
+        progress: Whether to show a bar.
+        process: Number of this process; of several, each takes its share.
+        processes: How many there are.
+        gather: Joins the lists of all processes, so that all of them raise; accelerate's `gather_object`.
 
     Raises:
         ValueError: If some cannot be read: says how many and names the first of them.
     """
-    loader = DataLoader(_Readable(images), batch_size=None, num_workers=num_workers)
+    share = range(process, len(images.names), processes)
+    loader = DataLoader(_Readable(images), batch_size=None, sampler=share, num_workers=num_workers)
     readable = tqdm(loader, "Checking images", disable=not progress)
-    broken = [name for name, good in zip(images.names, readable, strict=True) if not good]
+    broken = gather([images.names[index] for index, good in zip(share, readable, strict=True) if not good])
     if broken:
         more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
         raise ValueError(
