@@ -3,7 +3,8 @@
     python recipes/evaluate.py --checkpoint OFA_DIR --teacher DIR --reference_dir IMAGES --output_dir OUT
 
 makes `OUT/report.html` (one file that needs nothing else), `report.md`, `report.json`, `samples.png` and
-`quality_vs_size.png`. A plain diffusers pipeline folder, such as an extracted size, can be measured too.
+`quality_vs_size.png`. A plain diffusers pipeline folder, such as an extracted size, can be measured too. A
+text-to-image model needs `--prompts_file FILE`, and gets a CLIP score.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from diffusers import (
 )
 
 from ofadiff import OFAPipeline
-from ofadiff.evaluation import METRICS, Report, evaluate
+from ofadiff.evaluation import METRICS, Report, evaluate, read_prompts
+from ofadiff.evaluation.clip_score import DEFAULT_CLIP
 from ofadiff.evaluation.extractors import find_extractor
 from ofadiff.evaluation.metrics import choose_metrics
 from ofadiff.pipelines import ClassConditionalDDPMPipeline
@@ -46,7 +48,7 @@ def evaluate_checkpoint(args: argparse.Namespace, command: str | None = None) ->
     """Writes the report and returns it.
 
     Raises:
-        ImportError: If torch-fidelity is needed and not installed.
+        ImportError: If torch-fidelity, scikit-image or transformers is needed and not installed.
         ValueError: If something that was asked for cannot work; before any image is sampled.
     """
     check(args)
@@ -67,7 +69,10 @@ def evaluate_checkpoint(args: argparse.Namespace, command: str | None = None) ->
         batch_size=args.batch_size,
         seed=args.seed,
         num_inference_steps=args.num_inference_steps,
+        arguments=None if args.prompts_file is None else {"prompt": read_prompts(args.prompts_file)},
+        call_arguments=call_arguments(args),
         extractor=args.extractor,
+        clip_model=args.clip_model,
         cost_batch_size=args.cost_batch_size,
         num_shown=args.num_shown,
         title=args.title,
@@ -75,6 +80,12 @@ def evaluate_checkpoint(args: argparse.Namespace, command: str | None = None) ->
     )
     report.write(args.output_dir)
     return report
+
+
+def call_arguments(args: argparse.Namespace) -> dict[str, float]:
+    """What every call of the pipeline gets beyond its own defaults."""
+    wanted = {"guidance_scale": args.guidance_scale, "height": args.resolution, "width": args.resolution}
+    return {name: value for name, value in wanted.items() if value is not None}
 
 
 def check(args: argparse.Namespace) -> None:
@@ -101,6 +112,10 @@ def check(args: argparse.Namespace) -> None:
         image_folder(args.reference_dir)
     if args.teacher is None:
         missing["teacher"] = "there is no teacher; give --teacher"
+    if args.prompts_file is None:
+        missing["prompts"] = "there are no prompts; give --prompts_file"
+    else:
+        read_prompts(args.prompts_file)
     if any("reference" in METRICS[name].needs for name in choose_metrics(args.metrics, missing)):
         find_extractor(args.extractor)
 
@@ -135,10 +150,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--metrics", nargs="+", choices=METRICS, help="all that can be had from what is given, by default")
     add("--reference_dir", help="folder of real images, for FID and KID")
     add("--extractor", default="inception", help="features for FID and KID: this, or another name of torch-fidelity's")
+    add("--clip_model", default=DEFAULT_CLIP, help="CLIP for the CLIP score: a folder or a hub repository")
 
     add = parser.add_argument_group("sampling").add_argument
     add("--num_samples", type=count, default=1000, help="images per size")
     add("--num_inference_steps", type=count, default=50, help="denoising steps per image")
+    add("--prompts_file", help="text-to-image: one prompt a line, or a metadata.jsonl (text); used in turn")
+    add("--guidance_scale", type=float, help="text-to-image: the pipeline's own by default")
+    add("--resolution", type=count, help="text-to-image: height and width, pixels; the pipeline's own by default")
     add("--scheduler", choices=SCHEDULERS, help="the checkpoint's own by default; the teacher gets the same")
     add("--batch_size", type=count, default=64, help="images sampled at a time; changes no image")
     add("--seed", type=int, default=0, help="seed of the first image; the next one has the next seed")

@@ -13,11 +13,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ofadiff.cost import count_macs, count_parameters, example_inputs
+from ofadiff.evaluation.clip_score import DEFAULT_CLIP, ClipScorer
 from ofadiff.evaluation.extractors import FeatureExtractor
 from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
 from ofadiff.evaluation.reference import Reference
 from ofadiff.evaluation.report import PARAMETERS, REACHED, TEACHER, Column, Report, Row
-from ofadiff.evaluation.sampling import default_arguments, evaluation_mode, generate
+from ofadiff.evaluation.sampling import call_parameters, check_arguments, default_arguments, evaluation_mode, generate
 from ofadiff.pipelines import OFAPipeline
 
 DENOISERS = ("unet", "transformer")
@@ -37,7 +38,9 @@ def evaluate(
     seed: int = 0,
     num_inference_steps: int = 50,
     arguments: Mapping[str, Sequence[Any]] | None = None,
+    call_arguments: Mapping[str, Any] | None = None,
     extractor: str = "inception",
+    clip_model: str | Path = DEFAULT_CLIP,
     cost_batch_size: int = 1,
     num_shown: int = 10,
     title: str = "One model, every size",
@@ -58,8 +61,10 @@ def evaluate(
         batch_size: Images per call of a pipeline.
         seed: Seed of the first image, see `generate`.
         num_inference_steps: Denoising steps.
-        arguments: What the pipeline's call takes for each image, see `generate`.
+        arguments: What the pipeline's call takes for each image, see `generate`; prompts are `{"prompt": [...]}`.
+        call_arguments: What the call takes once, for all images, such as `{"guidance_scale": 7.5}`.
         extractor: Features for FID and KID: `"inception"`, another of torch-fidelity's, or a registered one.
+        clip_model: CLIP for the CLIP score of images and prompts: a folder or a hub repository, see `ClipScorer`.
         cost_batch_size: Images of the forward whose latency and memory are measured.
         num_shown: Images per size that the report shows.
         title: The report's.
@@ -70,20 +75,27 @@ def evaluate(
         The report, the teacher first, then the sizes from the largest down.
 
     Raises:
-        ImportError: If torch-fidelity or scikit-image is needed and not installed.
-        ValueError: Before any sampling, if a metric, size or extractor does not exist, a metric lacks what it needs,
-            the teacher has another scheduler, or reference images cannot be read.
+        ImportError: If torch-fidelity, scikit-image or transformers is needed and not installed.
+        ValueError: Before any sampling, if a metric, size or extractor does not exist, a metric lacks what it needs, a
+            pipeline lacks prompts or takes no such argument, the teacher has another scheduler, or reference images or
+            the CLIP model cannot be read.
 
     Example:
         >>> report = evaluate(OFAPipeline.from_pretrained("my-ofa-checkpoint"), reference="images", num_samples=10_000)
         >>> report.write("report")
     """
-    names = choose_metrics(metrics, _missing(pipeline, reference is not None, teacher is not None))
+    has_prompts = arguments is not None and "prompt" in arguments
+    names = choose_metrics(metrics, _missing(pipeline, reference is not None, teacher is not None, has_prompts))
     needs = {need for name in names for need in METRICS[name].needs}
     sizes = _choose_sizes(pipeline, sizes)
     if teacher is not None:
         _check_schedulers(teacher, pipeline)
     arguments = default_arguments(pipeline) if arguments is None else arguments
+    call_arguments = {} if call_arguments is None else call_arguments
+    for each in (pipeline, teacher):
+        if each is not None:
+            _denoiser(each)  # there has to be one
+            check_arguments(each, arguments, call_arguments)
     count = num_samples if "images" in needs else num_shown
     real = Reference(reference, progress) if reference is not None and "reference" in needs else None
     if real is not None and min(count, len(real)) < FEWEST:
@@ -91,6 +103,7 @@ def evaluate(
             f"there are {count} samples and {len(real)} reference images; FID and KID take {FEWEST} of each"
         )
     features = FeatureExtractor(extractor, pipeline.device) if real is not None else None
+    clip = ClipScorer(str(clip_model), pipeline.device) if "prompts" in needs else None
     real_features = teacher_images = None
 
     timed = not {"latency", "memory"}.isdisjoint(names)
@@ -110,6 +123,7 @@ def evaluate(
             seed=seed,
             num_inference_steps=num_inference_steps,
             arguments=arguments,
+            call_arguments=call_arguments,
             progress=progress,
             description=f"Sampling {row.label}",
         )
@@ -122,6 +136,7 @@ def evaluate(
             teacher_images=teacher_images,
             reference=real_features,
             extractor=features,
+            clip=clip,
             batch_size=batch_size,
             cost_batch_size=cost_batch_size,
         )
@@ -140,11 +155,14 @@ def evaluate(
         "samples per size": count if "images" in needs else None,
         "resolution": f"{images.shape[-1]}x{images.shape[-2]} pixels",
         "denoising steps": num_inference_steps,
+        **_call_protocol(pipeline, call_arguments),
+        "prompts": min(count, len(arguments["prompt"])) if "prompt" in arguments else None,
         "seeds": f"{seed} to {seed + count - 1}, one per image",
         "scheduler": type(pipeline.components["scheduler"]).__name__ if "scheduler" in pipeline.components else None,
         "budget": pipeline.subnets.budget if isinstance(pipeline, OFAPipeline) else None,
         "features": extractor if features else None,
         "reference images": len(real) if real else None,
+        "CLIP score": f"mean cosine (w = 1), {_last_part(clip_model)}" if clip else None,
         "latency and memory": f"one forward of the denoiser, batch of {cost_batch_size}" if timed else None,
         "precision": str(_denoiser(pipeline).dtype).removeprefix("torch."),
         **describe_machine(pipeline.device),
@@ -188,13 +206,30 @@ def _subjects(
         yield Row(str(size), size=size), extracted
 
 
-def _missing(pipeline: DiffusionPipeline, has_reference: bool, has_teacher: bool) -> dict[str, str]:
+def _call_protocol(pipeline: DiffusionPipeline, call_arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What every image was called with; the guidance scale also where it is the pipeline's own."""
+    parameters = call_parameters(pipeline)
+    own = {name: parameters[name].default for name in ("guidance_scale",) if name in parameters}
+    return {
+        name.replace("_", " "): value if isinstance(value, int | float | str) else str(value)
+        for name, value in {**own, **call_arguments}.items()
+    }
+
+
+def _last_part(name_or_path: str | Path) -> str:
+    """A hub repository as it is, of an absolute path the last part: reports travel, machines don't."""
+    return Path(name_or_path).name if Path(name_or_path).is_absolute() else str(name_or_path)
+
+
+def _missing(pipeline: DiffusionPipeline, has_reference: bool, has_teacher: bool, has_prompts: bool) -> dict[str, str]:
     """What metrics may need and cannot have, each with the reason."""
     missing = {}
     if not has_reference:
         missing["reference"] = "there are no reference images"
     if not has_teacher:
         missing["teacher"] = "there is no teacher"
+    if not has_prompts:
+        missing["prompts"] = "there are no prompts"
     try:
         example_inputs(_denoiser(pipeline))
     except ValueError as error:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ofadiff.cost import count_macs, example_inputs
 from ofadiff.evaluation import consistency
+from ofadiff.evaluation.clip_score import ClipScorer
 from ofadiff.evaluation.extractors import FeatureExtractor
 from ofadiff.evaluation.fid import frechet_distance
 from ofadiff.evaluation.kid import kernel_distance
@@ -30,6 +31,7 @@ class Subject:
         teacher_images: The teacher's samples from the same seeds; None for the teacher itself.
         reference: Features of the reference images `(M, D)`.
         extractor: What extracts them.
+        clip: What scores images against prompts.
         batch_size: Images per forward when features are extracted.
         cost_batch_size: Images of the forward whose latency and memory are measured.
     """
@@ -40,6 +42,7 @@ class Subject:
     teacher_images: torch.Tensor | None = None
     reference: torch.Tensor | None = None
     extractor: FeatureExtractor | None = None
+    clip: ClipScorer | None = None
     batch_size: int = 64
     cost_batch_size: int = 1
 
@@ -57,7 +60,8 @@ class Metric:
     Attributes:
         measure: Values by column name.
         columns: The columns to show; further values are kept in the JSON alone.
-        needs: Of `"images"`, `"reference"`, `"teacher"` and `"inputs"` (example inputs of the denoiser), what it takes.
+        needs: Of `"images"`, `"reference"`, `"teacher"`, `"prompts"` and `"inputs"` (example inputs of the denoiser),
+            what it takes.
     """
 
     measure: Callable[[Subject], Mapping[str, float | None]]
@@ -116,6 +120,12 @@ def kid(subject: Subject) -> dict[str, float | None]:
     return {"kid": mean, "kid_std": deviation}
 
 
+def clip_score(subject: Subject) -> dict[str, float | None]:
+    """Mean cosine of images and their prompts."""
+    assert subject.clip is not None
+    return {"clip_score": subject.clip.score(subject.images, subject.arguments["prompt"], subject.batch_size)}
+
+
 def psnr(subject: Subject) -> dict[str, float | None]:
     """Mean PSNR with the teacher's images."""
     teacher = subject.teacher_images
@@ -136,6 +146,11 @@ METRICS: dict[str, Metric] = {
     "fid": Metric(fid, {"fid": Column("FID", better="lower", plotted=True)}, needs=("images", "reference")),
     "kid": Metric(
         kid, {"kid": Column("KID", digits=4, better="lower", spread="kid_std")}, needs=("images", "reference")
+    ),
+    "clip_score": Metric(
+        clip_score,
+        {"clip_score": Column("CLIP score", digits=4, better="higher", plotted=True)},
+        needs=("images", "prompts"),
     ),
     "psnr": Metric(psnr, {"psnr": Column("PSNR, dB", digits=1, better="higher")}, needs=("images", "teacher")),
     "ssim": Metric(ssim, {"ssim": Column("SSIM", digits=3, better="higher")}, needs=("images", "teacher")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,17 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
+
+# What `generate` gives to a pipeline's call itself, or what would change how many images come of it.
+RESERVED = (
+    "batch_size",
+    "generator",
+    "num_images_per_prompt",
+    "num_inference_steps",
+    "output_type",
+    "return_dict",
+    "size",
+)
 
 
 def generate(
@@ -23,6 +35,7 @@ def generate(
     seed: int = 0,
     num_inference_steps: int = 50,
     arguments: Mapping[str, Sequence[Any]] | None = None,
+    call_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     description: str = "Sampling",
 ) -> torch.Tensor:
@@ -39,6 +52,7 @@ def generate(
         num_inference_steps: Denoising steps.
         arguments: What the pipeline's call takes for each image, such as `{"class_labels": range(10)}`; the values are
             used in turn, over and over. By default what `default_arguments` says.
+        call_arguments: What the pipeline's call takes once, for all images, such as `{"guidance_scale": 7.5}`.
         progress: Whether to show a progress bar over the images.
         description: What the bar is called.
 
@@ -46,7 +60,8 @@ def generate(
         uint8 images `(N, 3, H, W)`; grey ones are repeated to three channels.
 
     Raises:
-        ValueError: If a number is below 1, an argument has no values, or `size` is none of the pipeline's sizes.
+        ValueError: If a number is below 1, `size` is none of the pipeline's sizes, an argument has no values or is none
+            of the pipeline's, or a text-to-image pipeline gets no prompts.
 
     Example:
         >>> images = generate(pipeline, 8, size=0.5, arguments={"class_labels": range(10)})
@@ -61,9 +76,8 @@ def generate(
     if size is not None and not isinstance(pipeline, OFAPipeline):
         raise ValueError(f"size is {size!r}, but this {type(pipeline).__name__} is no OFAPipeline, so it has no sizes")
     arguments = default_arguments(pipeline) if arguments is None else arguments
-    for name, values in arguments.items():
-        if len(values) == 0:
-            raise ValueError(f"the argument {name!r} has no values; it needs at least one")
+    call_arguments = {} if call_arguments is None else call_arguments
+    check_arguments(pipeline, arguments, call_arguments)
     at_size = {} if size is None else {"size": size}
     images = []
     with evaluation_mode(pipeline), tqdm(total=num_samples, desc=description, disable=not progress) as bar:
@@ -74,6 +88,7 @@ def generate(
             }
             batch = pipeline(
                 **(condition or {"batch_size": len(indices)}),
+                **call_arguments,
                 **at_size,
                 generator=[torch.Generator().manual_seed(seed + i) for i in indices],
                 num_inference_steps=num_inference_steps,
@@ -89,6 +104,37 @@ def default_arguments(pipeline: DiffusionPipeline) -> dict[str, Sequence[Any]]:
     if isinstance(pipeline, ClassConditionalDDPMPipeline):
         return {"class_labels": range(pipeline.unet.config.num_class_embeds)}
     return {}
+
+
+def check_arguments(
+    pipeline: DiffusionPipeline, arguments: Mapping[str, Sequence[Any]], call_arguments: Mapping[str, Any]
+) -> None:
+    """Raises ValueError if a pipeline cannot be called with these, see `generate`."""
+    for name, values in arguments.items():
+        if isinstance(values, str):
+            raise ValueError(f"the argument {name!r} is the string {values!r}; it must be a sequence of values")
+        if len(values) == 0:
+            raise ValueError(f"the argument {name!r} has no values; it needs at least one")
+    parameters = call_parameters(pipeline)
+    for name in (*arguments, *call_arguments):
+        if name in RESERVED:
+            raise ValueError(f"the argument {name!r} cannot be given; sampling sets it itself")
+        if name not in parameters:
+            raise ValueError(f"{type(pipeline).__name__} takes no argument {name!r}; it takes {', '.join(parameters)}")
+        if name in arguments and name in call_arguments:
+            raise ValueError(f"the argument {name!r} is given both per image and for all images")
+    given = {*arguments, *call_arguments}
+    if "prompt" in parameters and given.isdisjoint(("prompt", "prompt_embeds")):
+        raise ValueError(
+            f"this {type(pipeline).__name__} makes images of prompts, and there are none; give arguments="
+            '{"prompt": [...]}, or recipes/evaluate.py a --prompts_file'
+        )
+
+
+def call_parameters(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
+    """What a pipeline's call takes by name; Stable Diffusion's `**kwargs` ignores what it doesn't know."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    return {name: each for name, each in parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD}
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@ import pytest
 import torch
 from conftest import make_supernet, plain_unet
 from diffusers import DDPMPipeline, DDPMScheduler
+from evaluation.tiny_clip import save_clip
 from PIL import Image
+from tiny_stable_diffusion import save_stable_diffusion
 from torch import nn
 
 from ofadiff import OFAPipeline
@@ -79,6 +81,36 @@ def test_an_extracted_size_has_one_row(flags, files, tmp_path):
     assert [row.label for row in report.rows] == ["teacher", "model"] and "macs" in report.columns
 
 
+def test_text_to_image_takes_a_file_of_prompts(flags, tmp_path, capsys):
+    save_stable_diffusion(tmp_path / "model")
+    save_clip(tmp_path / "clip")
+    (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n")
+    options = {
+        "checkpoint": tmp_path / "model",
+        "teacher": None,
+        "reference_dir": None,
+        "metrics": "clip_score",
+        "prompts_file": tmp_path / "prompts.txt",
+        "clip_model": tmp_path / "clip",
+        "guidance_scale": 2.5,
+        "resolution": 24,
+    }
+    main(flags(**options))
+    report = Report.from_json(tmp_path / "out" / "report.json")
+    assert 0 <= report.rows[0].values["clip_score"] <= 1
+    stated = {
+        "prompts": 2,
+        "guidance scale": 2.5,
+        "resolution": "24x24 pixels",
+        "CLIP score": "mean cosine (w = 1), clip",
+    }
+    assert stated.items() <= report.protocol.items()
+    assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        main(flags(**options | {"prompts_file": None, "metrics": "macs", "output_dir": tmp_path / "other"}))
+    assert "makes images of prompts, and there are none; give" in capsys.readouterr().err
+
+
 def test_paths_of_this_machine_stay_out_of_the_command():
     words = ["--checkpoint", "/home/me/ofa", "--output_dir", "out dir"]
     assert command_line(words) == "python recipes/evaluate.py --checkpoint ofa --output_dir 'out dir'"
@@ -93,6 +125,8 @@ def test_paths_of_this_machine_stay_out_of_the_command():
         ({"metrics": "speed"}, "invalid choice: 'speed'"),
         ({"metrics": "fid", "reference_dir": None}, "'fid' cannot be measured: there are no reference images"),
         ({"metrics": "psnr", "teacher": None}, "'psnr' cannot be measured: there is no teacher"),
+        ({"metrics": "clip_score"}, "'clip_score' cannot be measured: there are no prompts; give --prompts_file"),
+        ({"prompts_file": "nowhere"}, "nowhere is not a file of prompts"),
         ({"reference_dir": "nowhere"}, "nowhere is not a folder of images"),
         ({"extractor": "nothing"}, "extractor is 'nothing'; it must be one of inception"),
         ({"num_samples": "0"}, "'0' is not a whole number of at least 1"),
