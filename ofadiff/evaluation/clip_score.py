@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-DEFAULT_CLIP = "openai/clip-vit-base-patch16"
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 
 
 class ClipScorer:
@@ -33,7 +33,7 @@ class ClipScorer:
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(name_or_path)
             self.image_processor = CLIPImageProcessor.from_pretrained(name_or_path)
-            model, loading = CLIPModel.from_pretrained(name_or_path, output_loading_info=True)
+            model, loading = CLIPModel.from_pretrained(name_or_path, output_loading_info=True, use_safetensors=True)
         except OSError as error:
             raise ValueError(f"the CLIP model {name_or_path} cannot be loaded: {error}") from error
         if loading["missing_keys"]:
