@@ -42,6 +42,7 @@ from ofadiff.training.data import check_images, dataset_images, hold_out, load_d
 from ofadiff.training.encoder import CAPTION_ENCODERS, TextToImageEncoder
 from ofadiff.training.latent_cache import LatentCache, LatentData
 from ofadiff.training.losses import prepare_latents
+from ofadiff.training.stream import TextToImageStream
 from ofadiff.training.text_to_image import TextToImageData, dataset_captions
 from ofadiff.training.train import TrainingResult
 
@@ -184,16 +185,35 @@ def freeze(pipeline: DiffusionPipeline, precision: torch.dtype) -> tuple[UNet2DC
     return teacher.requires_grad_(False), encode
 
 
-def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[TextToImageData, TextToImageData | None]:
-    """Training and validation images with their captions, all of them checked."""
+def load_data(
+    args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[TextToImageData | TextToImageStream, TextToImageData | None]:
+    """Training and validation images with their captions, all of them checked, but of a stream."""
     if (args.train_data_dir is None) == (args.dataset_name is None):
         raise ValueError("give the images with one of --train_data_dir and --dataset_name")
     if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
         raise ValueError(f"--train_data_dir {args.train_data_dir} is not a folder")
     if args.cache_dir_latents and not args.center_crop:
         raise ValueError("--cache_dir_latents needs --center_crop: random crops differ every time")
+    if args.cache_dir_latents and args.streaming:
+        raise ValueError("--cache_dir_latents and --streaming exclude each other: a stream has no end to wait for")
     source = args.train_data_dir or args.dataset_name
-    dataset = load_dataset_split(source, args.dataset_config_name, args.dataset_split, args.cache_dir)
+    which = args.dataset_config_name, args.dataset_split, args.cache_dir, args.dataset_data_files
+    dataset = load_dataset_split(source, *which, streaming=args.streaming)
+    if args.streaming:
+        train_stream = TextToImageStream(
+            dataset,
+            args.image_column,
+            args.caption_column,
+            args.seed,
+            args.validation_samples if args.validation_fraction else 0,
+            args.shuffle_buffer_size,
+            args.resolution,
+            center_crop=args.center_crop,
+            random_flip=args.random_flip,
+            empty_captions=args.proportion_empty_prompts,
+        )
+        return train_stream, train_stream.held_out()
     captions = dataset_captions(dataset, args.caption_column)
     images = dataset_images(dataset, args.image_column)
     share = accelerator.process_index, accelerator.num_processes
@@ -255,8 +275,24 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line; names as in diffusers' training examples where these have one."""
     parser, add_to = common_parser("Compress Stable Diffusion to several sizes in one joint training run.")
     add = add_to["data"]
-    add("--train_data_dir", help="folder of images with a metadata.jsonl (file_name, text), or of parquet files")
-    add("--caption_column", default="text", help="column of captions: strings, or lists to pick one from")
+    add(
+        "--train_data_dir",
+        help="folder of images with a metadata.jsonl (file_name, text), of parquet files, or of .tar shards",
+    )
+    add(
+        "--dataset_data_files",
+        nargs="+",
+        help="files of the data set: paths, addresses, patterns, numbered ones such as shards/{000..099}.tar with "
+        "--dataset_name webdataset",
+    )
+    add("--caption_column", default="text", help="column of captions: strings, or lists to pick one from; or json.text")
+    add(
+        "--streaming",
+        action="store_true",
+        help="read the data set while training; its first --validation_samples images are held out, unless "
+        "--validation_fraction is 0",
+    )
+    add("--shuffle_buffer_size", type=count(1), default=1000, help="images of a stream that are shuffled, in memory")
     add("--revision", help="of the original model on the hub")
     add("--variant", help="of the original model's weight files, such as fp16")
     add("--resolution", type=count(1), default=512, help="side of the images in pixels")

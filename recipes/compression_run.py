@@ -37,8 +37,10 @@ from ofadiff.sizes import SizeTable
 from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint, list_checkpoints
 from ofadiff.training.data import Samples, fixed_batches
 from ofadiff.training.losses import TARGETS, Prepare, denoising_loss
+from ofadiff.training.stream import TextToImageStream
 from ofadiff.training.train import TrainingResult, run_values, train
 
+TrainData = Samples | TextToImageStream
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 SampleImages = Callable[[list[torch.Generator]], list[Image.Image]]
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,7 +53,7 @@ class Setup:
     accelerator: Accelerator
     pipeline: DiffusionPipeline
     prepare: Prepare
-    train_data: Samples
+    train_data: TrainData
     validation_data: Samples | None
     teacher: ModelMixin
     supernet: Supernet
@@ -191,7 +193,7 @@ def check_same_sizes(args: argparse.Namespace, supernet: Supernet, checkpoint: P
 
 
 def make_supernet(
-    args: argparse.Namespace, unet: ModelMixin, train_data: Samples, prepare: Prepare, accelerator: Accelerator
+    args: argparse.Namespace, unet: ModelMixin, train_data: TrainData, prepare: Prepare, accelerator: Accelerator
 ) -> tuple[Supernet, Path | None]:
     """Rotates, ranks, and gives every size its widths; or takes all that from the checkpoint to resume from."""
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -215,7 +217,7 @@ def score(
     args: argparse.Namespace,
     unet: ModelMixin,
     groups: Sequence[ChannelGroup],
-    train_data: Samples,
+    train_data: TrainData,
     prepare: Prepare,
     accelerator: Accelerator,
 ) -> dict[str, torch.Tensor]:
@@ -223,7 +225,8 @@ def score(
     unet.to(accelerator.device)
     share = accelerator.process_index, accelerator.num_processes
     batch_size = args.importance_batch_size or args.train_batch_size
-    batches = fixed_batches(train_data, args.importance_samples, batch_size, args.seed, "importance", *share)
+    data = train_data.first(args.importance_samples) if isinstance(train_data, TextToImageStream) else train_data
+    batches = fixed_batches(data, args.importance_samples, batch_size, args.seed, "importance", *share)
     # bfloat16 ranks as float32 does; float16's gradients would need scaling.
     half = accelerator.mixed_precision == "bf16"
     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):

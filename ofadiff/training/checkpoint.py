@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ofadiff.supernet import Supernet
+from ofadiff.training.stream import Place
 
 DENOISER = "denoiser"
 
@@ -35,6 +36,7 @@ class TrainingState:
         step: Optimizer steps made.
         seconds: Time they took.
         history: Validation losses, {step: {size: loss}}.
+        place: Where to read on, of streamed data only.
     """
 
     supernet: Supernet
@@ -46,6 +48,7 @@ class TrainingState:
     step: int = 0
     seconds: float = 0.0
     history: dict[int, dict[float, float]] = field(default_factory=dict)
+    place: Place | None = None
 
 
 def save_checkpoint(state: TrainingState, output_dir: str | Path, total_limit: int | None = None) -> Path:
@@ -77,6 +80,7 @@ def save_checkpoint(state: TrainingState, output_dir: str | Path, total_limit: i
         "step": state.step,
         "seconds": state.seconds,
         "history": state.history,
+        "place": state.place,
         "ema_steps": state.ema.optimization_step,
         "optimizer": {key: value for key, value in entries.items() if key not in tensors},
         "param_groups": optimizer["param_groups"],
@@ -116,6 +120,7 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     state.ema.optimization_step = saved["ema_steps"]
     state.step = saved["step"]
     state.seconds = saved["seconds"]
+    state.place = None if saved["place"] is None else tuple(saved["place"])
     state.history = {
         int(step): {float(size): loss for size, loss in losses.items()} for step, losses in saved["history"].items()
     }

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import random
+import re
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,25 +96,55 @@ def _row_image(dataset: Any, image_column: str, index: int) -> Image.Image:
     return dataset[index][image_column]
 
 
-def load_dataset_split(name: str, config: str | None = None, split: str = "train", cache_dir: str | None = None) -> Any:
-    """One split of a `datasets` data set: a name on the hub, or a folder made by `save_to_disk`.
+def load_dataset_split(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
+    data_files: Sequence[str] | None = None,
+    streaming: bool = False,
+) -> Any:
+    """One split of a `datasets` data set.
+
+    Args:
+        name: A name on the hub, a folder of files or one made by `save_to_disk`, or a format such as `webdataset`.
+        config: Configuration of the data set.
+        split: What to load of it.
+        cache_dir: Where what is downloaded is kept.
+        data_files: Its files: paths, addresses, patterns, numbered ones such as `{000..099}.tar`.
+        streaming: Whether to get a `datasets.IterableDataset`, which is read while it is used.
 
     Raises:
         ValueError: If it cannot be loaded, or has no such split.
     """
     import datasets  # an extra: an image folder needs no more than Pillow
 
+    saved, saved_splits = (Path(name) / "state.json").is_file(), (Path(name) / "dataset_dict.json").is_file()
+    if streaming and (saved or saved_splits):
+        raise ValueError(f"{name} was made by save_to_disk, which is never read as a whole: it needs no streaming")
+    files = [file for pattern in data_files or [] for file in numbered_files(pattern)] or None
     try:
-        if (Path(name) / "state.json").is_file():
+        if saved:
             return datasets.load_from_disk(name)
-        if not (Path(name) / "dataset_dict.json").is_file():
-            return datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
+        if not saved_splits:
+            options = {"data_files": files, "cache_dir": cache_dir, "streaming": streaming}
+            return datasets.load_dataset(name, config, split=split, **options)
         splits = datasets.load_from_disk(name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"cannot load the data set {name!r}: {' '.join(str(error).split())}") from error
     if split not in splits:
         raise ValueError(f"the data set {name!r} has no split {split!r}; its splits: {', '.join(splits)}")
     return splits[split]
+
+
+def numbered_files(pattern: str) -> list[str]:
+    """What `{000..099}` in a name stands for, as in a shell; a name without it stands for itself."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    return [pattern[: found.start()] + number + pattern[found.end() :] for number in numbers]
 
 
 class _Readable(Dataset[bool]):
@@ -232,7 +264,7 @@ def hold_out(count: int, fraction: float, seed: int) -> tuple[list[int], list[in
     held_out = max(1, round(count * fraction)) if fraction else 0
     if held_out >= count:
         raise ValueError(f"a validation fraction of {fraction} of {count} images leaves none to train on")
-    order = _order(count, f"{seed} hold out")
+    order = draw_order(count, f"{seed} hold out")
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
@@ -250,13 +282,19 @@ def draw_keys(count: int, positions: range, seed: int, purpose: str = "training"
     keys = []
     for position in positions:
         epoch, place = divmod(position, count)
-        sample_seed = random.Random(f"{seed} {purpose} sample {position}").getrandbits(63)
-        keys.append((_order(count, f"{seed} {purpose} epoch {epoch}")[place], sample_seed))
+        order = draw_order(count, f"{seed} {purpose} epoch {epoch}")
+        keys.append((order[place], draw_seed(seed, purpose, position)))
     return keys
 
 
+def draw_seed(seed: int, purpose: str, position: int) -> int:
+    """Seed of the sample at a position of a stream."""
+    return random.Random(f"{seed} {purpose} sample {position}").getrandbits(63)
+
+
 @functools.lru_cache(maxsize=8)
-def _order(count: int, name: str) -> list[int]:
+def draw_order(count: int, name: str) -> list[int]:
+    """The numbers below `count` in an order that only depends on the name."""
     order = list(range(count))
     random.Random(name).shuffle(order)
     return order

@@ -23,6 +23,7 @@ from ofadiff.training.checkpoint import TrainingState, load_checkpoint, save_che
 from ofadiff.training.data import Samples, fixed_batches, load_batches, step_batches
 from ofadiff.training.distill import block_outputs, distillation_loss
 from ofadiff.training.losses import Batch, Prepare, denoising_loss, mean_squared_error, predict
+from ofadiff.training.stream import START, TextToImageStream, load_stream
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class TrainingResult:
 
 def train(
     supernet: Supernet,
-    train_data: Samples,
+    train_data: Samples | TextToImageStream,
     validation_data: Samples | None,
     prepare: Prepare,
     optimizer: torch.optim.Optimizer,
@@ -78,7 +79,7 @@ def train(
 
     Args:
         supernet: What is trained.
-        train_data: Samples by key, such as `ImageData`.
+        train_data: Samples by key, such as `ImageData`, or a stream of them.
         validation_data: Held-out samples, or None for no validation.
         prepare: Makes the denoiser's inputs of a batch, such as `prepare_pixels` with its scheduler bound.
         optimizer: Over `supernet.model.parameters()`.
@@ -158,8 +159,13 @@ def train(
     if state.step == 0:
         validate(0)
     steps = range(state.step, max_train_steps)
-    keys = step_batches(len(train_data), steps, micro_steps, train_batch_size, seed, *share)
-    batches = iter(load_batches(train_data, keys, num_workers))
+    batches: Iterator[Batch]
+    if isinstance(train_data, TextToImageStream):
+        keys = train_data.batches(state.place or START, steps, micro_steps, train_batch_size, *share)
+        batches = iter(load_stream(train_data, keys, num_workers))
+    else:
+        indices = step_batches(len(train_data), steps, micro_steps, train_batch_size, seed, *share)
+        batches = iter(load_batches(train_data, indices, num_workers))
     progress = tqdm(
         steps, "Training", initial=state.step, total=max_train_steps, disable=not accelerator.is_local_main_process
     )
@@ -193,6 +199,8 @@ def train(
         trained = list(supernet.model.parameters())
         ema.step([weight.cpu() for weight in trained] if offload_ema else trained)
         state.step = step + 1
+        if "place" in batch:
+            state.place = tuple(batch["place"][0].tolist())
 
         mean_loss = accelerator.reduce(step_loss, "mean").item()
         if not math.isfinite(mean_loss):
@@ -221,14 +229,14 @@ def train(
 
 
 def run_values(
-    accelerator: Accelerator, train_data: Samples, train_batch_size: int, seed: int, strategy: str
+    accelerator: Accelerator, train_data: Samples | TextToImageStream, train_batch_size: int, seed: int, strategy: str
 ) -> dict[str, Any]:
     """What decides the sizes, samples and noise of every step: a resumed run must have the same."""
     return {
         "seed": seed,
         "strategy": strategy,
         "samples per step": accelerator.gradient_accumulation_steps * accelerator.num_processes * train_batch_size,
-        "training images": len(train_data),
+        "training images": str(train_data.stream) if isinstance(train_data, TextToImageStream) else len(train_data),
     }
 
 

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from PIL import Image
 from recipes.tiny_stable_diffusion import save_captioned_images, save_stable_diffusion, save_stable_diffusion_xl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training.tiny_shards import save_shards
 
 from ofadiff import OFAPipeline, Supernet
 from recipes.compress_sd import compress, make_parser, set_up, train_and_save
@@ -24,6 +25,7 @@ def files(tmp_path_factory):
     save_stable_diffusion(folder / "sd2", "v_prediction", use_linear_projection=True)
     save_stable_diffusion_xl(folder / "sdxl")
     save_captioned_images(folder / "images")
+    save_shards(folder / "shards")
     return folder
 
 
@@ -54,6 +56,9 @@ def flags(files, tmp_path, words):
 @pytest.fixture
 def run(flags):
     return lambda **options: compress(make_parser().parse_args(flags(**options)))
+
+
+STREAMED = {"image_column": "png", "caption_column": "txt", "streaming": True, "shuffle_buffer_size": 3}
 
 
 def weights(folder):
@@ -112,11 +117,24 @@ def test_two_processes_train_as_one_does(run, launch, flags, files, tmp_path):
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_a_killed_run_resumes_to_the_same_weights(run, tmp_path, cached):
+def test_two_processes_train_on_a_stream_as_one_does(run, launch, flags, files, tmp_path):
+    options = {"learning_rate": 1e-3, "adam_epsilon": 1e-4, "max_train_steps": 2, **STREAMED}
+    options |= {"train_data_dir": None, "dataset_name": "webdataset", "dataset_data_files": files / "shards" / "*.tar"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line = flags(train_batch_size=2, output_dir=tmp_path / "two", **options)
+    two = launch("compress_sd.py", line, launcher, ACCELERATE_USE_CPU="true")
+    assert two.returncode == 0, two.stderr
+    run(train_batch_size=4, output_dir=tmp_path / "one", **options)
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("data", ["images", "latents", "stream"])
+def test_a_killed_run_resumes_to_the_same_weights(run, files, tmp_path, data):
     options = {"snr_gamma": 5, "noise_offset": 0.1, "random_flip": True, "offload_ema": True}
-    if cached:
+    if data == "latents":
         options |= {"center_crop": True, "cache_dir_latents": tmp_path / "latents"}
+    elif data == "stream":
+        options |= {"train_data_dir": files / "shards", **STREAMED}
     run(output_dir=tmp_path / "whole", **options)
     run(**options)
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
@@ -208,6 +226,7 @@ def test_a_mistake_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
         ({"resolution": 17}, "--resolution 17 is not a multiple of 2"),
         ({"proportion_empty_prompts": 2}, "share of empty captions is 2"),
         ({"cache_dir_latents": "latents"}, "--cache_dir_latents needs --center_crop"),
+        ({"cache_dir_latents": "x", "center_crop": True, "streaming": True}, "--cache_dir_latents and --streaming"),
         ({"use_8bit_adam": True}, "--use_8bit_adam needs bitsandbytes"),
     ],
 )

@@ -1,0 +1,256 @@
+"""Images with captions that arrive one after another, such as webdataset shards: a stream has no length and no index.
+
+Their order is a pure function of the seed: the shards in a new order every epoch, and their samples shuffled within
+blocks of `buffer_size`. Every process reads the whole stream and keeps its own samples of each step, so a step is the
+same however it is split; and where a block began is known, so a resumed run reads at most one shard and one block
+before it goes on exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ofadiff.training.data import Images, draw_order, draw_seed
+from ofadiff.training.text_to_image import TextToImageData, caption_choices, column_path, find_entry
+
+Example = dict[str, Any]
+Place = tuple[int, int, int, int]  # a block of the stream; the epoch, the shard in it and the sample where it begins
+StreamKey = tuple[Example, int, Place]
+
+START: Place = (0, 0, 0, 0)
+SPARES = 64
+
+logger = logging.getLogger(__name__)
+
+
+class Stream:
+    """The examples of a streaming data set, epoch after epoch without end, shuffled.
+
+    Args:
+        dataset: A `datasets.IterableDataset`; it is not shuffled yet.
+        seed: Of their order.
+        held_out: So many examples, the first of the data set, never come up; see the attribute of that name.
+        buffer_size: Examples that are shuffled among each other, and kept in memory.
+
+    Attributes:
+        held_out: These examples.
+
+    Raises:
+        ValueError: If no example is left.
+    """
+
+    def __init__(self, dataset: Any, seed: int, held_out: int = 0, buffer_size: int = 1000) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.buffer_size = buffer_size
+        self.held_out: list[Example] = []
+        self._skipped = [0] * dataset.num_shards
+        for shard in range(dataset.num_shards):
+            taken = list(itertools.islice(self._shard(shard), held_out - len(self.held_out)))
+            self._skipped[shard] = len(taken)
+            self.held_out += taken
+            if len(self.held_out) == held_out:
+                break
+        next(self._examples(0, 0, 0))
+
+    def __str__(self) -> str:
+        held_out = len(self.held_out)
+        return f"{self.dataset.num_shards} shards, {held_out} held out, shuffled over {self.buffer_size}"
+
+    def first(self, count: int) -> list[Example]:
+        """The first examples of the first epoch, not shuffled: `count`, or all if there are fewer."""
+        first_epoch = itertools.takewhile(lambda found: found[1][0] == 0, self._examples(0, 0, 0))
+        return [example for example, _ in itertools.islice(first_epoch, count)]
+
+    def read(self, place: Place = START) -> Iterator[tuple[Example, Place]]:
+        """Shuffled examples from the start of a block on, each with the place of its block."""
+        block, *start = place
+        source = self._examples(*start)
+        following = list(itertools.islice(source, self.buffer_size))
+        while True:
+            examples, following = following, []
+            end = examples[-1][1]
+            random.Random(f"{self.seed} block {block}").shuffle(examples)
+            while examples:
+                yield examples.pop()[0], (block, start[0], start[1], start[2])
+                following.append(next(source))
+            block, start = block + 1, list(end)
+
+    def _examples(self, epoch: int, shard: int, offset: int) -> Iterator[tuple[Example, tuple[int, int, int]]]:
+        """From a place on, in the order in which they are read; each with the place behind it."""
+        while True:
+            order = draw_order(self.dataset.num_shards, f"{self.seed} shards epoch {epoch}")
+            found = shard or offset
+            for place in range(shard, self.dataset.num_shards):
+                rest = self._shard(order[place], self._skipped[order[place]] + offset)
+                for found, example in enumerate(rest, offset + 1):
+                    yield example, (epoch, place, found)
+                offset = 0
+            if not found:
+                raise ValueError(f"no sample is left to train on: {len(self.held_out)} are held out for validation")
+            epoch, shard = epoch + 1, 0
+
+    def _shard(self, index: int, first: int = 0) -> Iterator[Example]:
+        return itertools.islice(self.dataset.shard(self.dataset.num_shards, index), first, None)
+
+
+class TextToImageStream(Dataset[dict[str, Any]]):
+    """Images and captions of a stream as samples of a batch, which are those of a `TextToImageData`.
+
+    A sample that cannot be read is named in a warning, and one of the first that can be takes its place. What a sample
+    has beside that is `place`, from which the stream can be read on.
+
+    Args:
+        dataset: A `datasets.IterableDataset`.
+        image_column: Its column of images.
+        caption_column: Its column of captions: strings, or lists of strings; `json.text` is an entry of a column.
+        seed: Of the order.
+        held_out: As many examples, the first ones, are left for validation.
+        buffer_size: As in `Stream`.
+        resolution: As in `TextToImageData`, like all that follow.
+
+    Raises:
+        ValueError: If the data set has no such columns, or none of its first samples can be read.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        image_column: str,
+        caption_column: str,
+        seed: int,
+        held_out: int,
+        buffer_size: int,
+        resolution: int,
+        **options: Any,
+    ) -> None:
+        import datasets  # an extra: an image folder needs no more than Pillow
+
+        features = dataset.features or {}
+        if not isinstance(features.get(image_column), datasets.Image):
+            columns = ", ".join(features) or "unknown"
+            raise ValueError(f"the data set has no column {image_column!r} of images; its columns: {columns}")
+        self.path = column_path(list(features), caption_column)
+        self.image_column = image_column
+        self.resolution = resolution
+        self.options = options
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+        self.stream = Stream(dataset, seed, held_out, buffer_size)
+        self.spares = self._readable(self.stream.first(SPARES))
+        self.first(1)  # what is wrong with the options is found out now
+
+    def first(self, count: int) -> TextToImageData:
+        """The first samples, in memory; those that cannot be read are left out."""
+        return self._in_memory(self._readable(self.stream.first(count)), **self.options)
+
+    def held_out(self) -> TextToImageData | None:
+        """The samples for validation, in memory and cropped at the centre; those that cannot be read are left out."""
+        if not self.stream.held_out:
+            return None
+        return self._in_memory(self._readable(self.stream.held_out), center_crop=True)
+
+    def batches(
+        self, place: Place, steps: range, micro_steps: int, batch_size: int, process: int, processes: int
+    ) -> IterableDataset[list[StreamKey]]:
+        """Keys of one process' batches, as `step_batches` gives them for data that have an index.
+
+        Args:
+            place: That of some sample before these steps, or `START`.
+            steps: Optimizer steps.
+            micro_steps: Batches of each step and process.
+            batch_size: Samples of a batch.
+            process: Number of this process.
+            processes: How many there are.
+        """
+        return _Batches(self.stream, place, steps, micro_steps * processes * batch_size, batch_size, process, processes)
+
+    def __getitem__(self, key: StreamKey) -> dict[str, Any]:
+        example, seed, place = key
+        found = self._decode(example) or self._decode(self.spares[seed % len(self.spares)])
+        assert found is not None  # a spare was read before
+        image, captions = found
+        data = TextToImageData(Images([""], lambda index: image), [captions], self.resolution, **self.options)
+        return {**data[0, seed], "place": torch.tensor(place)}
+
+    def _decode(self, example: Example) -> tuple[Image.Image, tuple[str, ...]] | None:
+        """The image and its captions; None, with a warning, if there is no such thing."""
+        try:
+            return _image(self.image_column, example), caption_choices(find_entry(example, self.path))
+        except Exception as error:  # decoders raise whatever they like
+            logger.warning("%s cannot be read and is left out: %s", _name(example), " ".join(str(error).split()))
+            return None
+
+    def _readable(self, examples: Sequence[Example]) -> list[Example]:
+        readable = [example for example in examples if self._decode(example) is not None]
+        if not readable:
+            raise ValueError(
+                f"none of the stream's first {len(examples)} samples has a readable image {self.image_column!r} and a "
+                f"caption {'.'.join(self.path)!r}"
+            )
+        return readable
+
+    def _in_memory(self, examples: Sequence[Example], **options: Any) -> TextToImageData:
+        images = Images([_name(example) for example in examples], functools.partial(_row, self.image_column, examples))
+        captions = [caption_choices(find_entry(example, self.path)) for example in examples]
+        return TextToImageData(images, captions, self.resolution, **options)
+
+
+class _Batches(IterableDataset[list[StreamKey]]):
+    """Reads a stream, in a process of its own if a loader gives it one."""
+
+    def __init__(
+        self, stream: Stream, place: Place, steps: range, per_step: int, batch_size: int, process: int, processes: int
+    ) -> None:
+        self.stream = stream
+        self.place = place
+        self.positions = range(steps.start * per_step, steps.stop * per_step)
+        self.batch_size = batch_size
+        self.process = process
+        self.processes = processes
+
+    def __iter__(self) -> Iterator[list[StreamKey]]:
+        before = self.positions.start - self.place[0] * self.stream.buffer_size
+        keys: list[StreamKey] = []
+        for position, (example, place) in zip(
+            self.positions, itertools.islice(self.stream.read(self.place), before, None), strict=False
+        ):
+            if position // self.batch_size % self.processes == self.process:
+                keys.append((example, draw_seed(self.stream.seed, "training", position), place))
+            if len(keys) == self.batch_size:
+                yield keys
+                keys = []
+
+
+def load_stream(
+    data: TextToImageStream, batches: IterableDataset[list[StreamKey]], num_workers: int = 0
+) -> DataLoader[dict[str, Any]]:
+    """Loads batches of keys, in order; with workers, one more process reads the stream."""
+    keys = DataLoader(batches, batch_size=None, num_workers=min(num_workers, 1), collate_fn=_as_it_is)
+    return DataLoader(data, batch_sampler=keys, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+
+
+def _as_it_is(keys: list[StreamKey]) -> list[StreamKey]:
+    return keys
+
+
+def _name(example: Example) -> str:
+    return f"{example['__key__']} in {example['__url__']}" if "__key__" in example else "a sample of the stream"
+
+
+def _image(column: str, example: Example) -> Image.Image:
+    import datasets
+
+    return datasets.Image().decode_example(example[column])
+
+
+def _row(column: str, examples: Sequence[Example], index: int) -> Image.Image:
+    return _image(column, examples[index])
