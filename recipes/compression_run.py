@@ -535,7 +535,7 @@ def common_parser(description: str) -> tuple[argparse.ArgumentParser, dict[str, 
     add("--reweight", choices=sorted(STRATEGIES), default="linear", help="how the size of each step is drawn")
     add("--distill_weight", type=float, default=1.0, help="weight of the distance to the teacher's prediction")
     add("--feature_distill_weight", type=float, default=0.0, help="weight of the distance to its block outputs")
-    add("--max_train_steps", type=count(1), default=10_000, help="optimizer steps")
+    add("--max_train_steps", type=count(0), default=10_000, help="optimizer steps; 0 only cuts")
     add("--train_batch_size", type=count(1), default=16, help="images per device and forward")
     add("--gradient_accumulation_steps", type=count(1), default=1, help="forwards per optimizer step")
     add("--gradient_checkpointing", action="store_true", help="save memory: compute activations twice")

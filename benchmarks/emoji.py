@@ -1,0 +1,240 @@
+"""Text-to-image compression on real pictures, offline: colour emoji and their Unicode names.
+
+    python benchmarks/emoji.py --output_dir emoji            # about half an hour on two CPU cores
+    python benchmarks/emoji.py --output_dir emoji --setting gpu
+
+trains a small Stable Diffusion from scratch (byte-pair tokenizer, CLIP, VAE, UNet), compresses its UNet with
+`recipes/compress_sd.py`, and measures FID and CLIP score of every size beside the original and beside the same subnets
+without joint training. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from emoji_data import FONT, check_font, write_emoji
+from emoji_models import ImageTower, Recipe, make_pipeline, make_tokenizer, save_clip, train_clip, train_unet, train_vae
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+from transformers import CLIPModel, CLIPTokenizer
+from transformers.utils import logging
+
+from ofadiff import OFAPipeline, evaluate
+from ofadiff.evaluation import Report, register_extractor
+
+EXTRACTOR = "emoji CLIP"
+UNTRAINED = "not trained jointly"
+COMPRESS = Path(__file__).parents[1] / "recipes" / "compress_sd.py"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How large everything is.
+
+    Attributes:
+        resolution: Side of the images, in pixels.
+        clip: The CLIP that gives the pipeline its text encoder, and the evaluation its features.
+        vae: The autoencoder.
+        unet: The denoiser that is compressed.
+        joint: Its joint training; channels are not used.
+        sizes: What it is compressed to, fractions of the UNet's parameters.
+        num_samples: Images sampled of each size; their prompts go through all captions.
+    """
+
+    resolution: int
+    clip: Recipe
+    vae: Recipe
+    unet: Recipe
+    joint: Recipe
+    sizes: tuple[float, ...]
+    num_samples: int
+
+
+SETTINGS = {
+    "cpu": Setting(
+        resolution=32,
+        clip=Recipe((96,), 300, 256, 1e-3),
+        vae=Recipe((16, 32, 64), 1500, 32, 2e-3),
+        unet=Recipe((64, 128), 3000, 32, 2e-3),
+        joint=Recipe((), 1000, 32, 1e-3),
+        sizes=(0.4, 0.6, 0.8, 1.0),
+        num_samples=400,
+    ),
+    "gpu": Setting(
+        resolution=64,
+        clip=Recipe((256,), 2000, 512, 5e-4),
+        vae=Recipe((64, 128, 128), 10_000, 64, 1e-3),
+        unet=Recipe((256, 384, 512), 30_000, 256, 3e-4),
+        joint=Recipe((), 20_000, 256, 2e-4),
+        sizes=(0.4, 0.5, 0.6, 0.7, 0.85, 1.0),
+        num_samples=1405,
+    ),
+}
+INFERENCE_STEPS = 20
+GUIDANCE_SCALE = 3.0
+
+
+def benchmark(args: argparse.Namespace) -> Report:
+    """Makes everything in `args.output_dir` that is not there yet.
+
+    Raises:
+        ValueError: If the font is missing, or the folder holds something else.
+    """
+    folder, setting = Path(args.output_dir), SETTINGS[args.setting]
+    check_font(args.font)
+    claim(folder, {"setting": args.setting, "seed": args.seed, **json.loads(json.dumps(asdict(setting)))})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logging.set_verbosity_error()  # transformers tells that CLIP has more weights than its text tower
+    started = time.perf_counter()
+
+    print("1/4  Emoji and their names", flush=True)
+    captions = write_emoji(folder / "emoji", args.font, setting.resolution)
+    images = read_images(folder / "emoji", len(captions))
+
+    print("2/4  A small Stable Diffusion, trained from scratch", flush=True)
+    torch.manual_seed(args.seed)
+    train_original(folder, images * 2 - 1, captions, setting, device)
+
+    print("3/4  Compression", flush=True)
+    compress(folder, setting, args.seed, "untrained", steps=0)
+    compress(folder, setting, args.seed, "ofa", steps=setting.joint.steps)
+
+    print("4/4  Evaluation", flush=True)
+    report = measure(folder, (images * 255).round().to(torch.uint8), captions, setting, args, device)
+    print(
+        f"\n{report.table()}\n\n{folder / 'report.html'} shows it all. {(time.perf_counter() - started) / 60:.0f} min"
+    )
+    return report
+
+
+def claim(folder: Path, setting: dict[str, object]) -> None:
+    """Raises ValueError if the folder holds anything but an earlier part of the same run."""
+    path = folder / "setting.json"
+    if folder.exists() and not path.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output_dir {folder} is not empty; choose another one or remove it")
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != setting:
+        raise ValueError(f"--output_dir {folder} holds a run of another setting or seed; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(setting, indent=2) + "\n", encoding="utf-8")
+
+
+def read_images(folder: Path, count: int) -> torch.Tensor:
+    """All pictures, `(N, 3, H, W)` in [0, 1]."""
+    return torch.stack([pil_to_tensor(Image.open(folder / f"{index:04}.png")) for index in range(count)]) / 255
+
+
+def train_original(folder: Path, images: torch.Tensor, captions: list[str], setting: Setting, device: str) -> None:
+    """Makes `folder/clip`, `folder/vae` and `folder/original`, the pipeline, one after the other."""
+    if not (folder / "clip").exists():
+        tokenizer = make_tokenizer(folder / "tokenizer", captions)
+        save_clip(train_clip(images, captions, tokenizer, setting.clip, device), tokenizer, folder / "clip")
+    if not (folder / "vae").exists():
+        train_vae(images, setting.vae, device).save_pretrained(folder / "vae")
+    if not (folder / "original").exists():
+        vae = AutoencoderKL.from_pretrained(folder / "vae")
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
+        pipeline = make_pipeline(vae, folder / "clip", tokenizer, setting.unet, setting.resolution)
+        train_unet(pipeline, images, captions, setting.unet, device)
+        pipeline.save_pretrained(folder / "original")
+
+
+def compress(folder: Path, setting: Setting, seed: int, name: str, steps: int) -> None:
+    """Makes `folder/name` with recipes/compress_sd.py; without steps, the subnets are only cut."""
+    if (folder / name / "model_index.json").exists():
+        return
+    recipe = setting.joint
+    flags: dict[str, object] = {
+        "pretrained_model_name_or_path": folder / "original",
+        "train_data_dir": folder / "emoji",
+        "output_dir": folder / name,
+        "cache_dir_latents": folder / "latents",
+        "resolution": setting.resolution,
+        "validation_fraction": 0.1,
+        "max_train_steps": steps,
+        "train_batch_size": recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "lr_warmup_steps": min(100, steps // 10),
+        "ema_decay": 0.995,
+        "validation_steps": max(1, steps),
+        "checkpointing_steps": max(1, steps // 4),
+        "checkpoints_total_limit": 1,
+        "resume_from_checkpoint": "latest",
+        "seed": seed,
+    }
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    words += ["--center_crop", "--sizes", *map(str, setting.sizes)]
+    subprocess.run([sys.executable, str(COMPRESS), *words], check=True)
+
+
+def measure(
+    folder: Path,
+    reference: torch.Tensor,
+    captions: list[str],
+    setting: Setting,
+    args: argparse.Namespace,
+    device: str,
+) -> Report:
+    """The report on every size, beside the original and the same subnets without joint training."""
+    register_extractor(EXTRACTOR, ImageTower(CLIPModel.from_pretrained(folder / "clip")))
+    joint, untrained = (OFAPipeline.from_pretrained(folder / name) for name in ("ofa", "untrained"))
+    original = StableDiffusionPipeline.from_pretrained(folder / "original")
+    for pipeline in (joint, untrained, original):
+        pipeline.to(device)
+    # Prompts from all over the list, whatever the number of samples.
+    stride = len(captions) / setting.num_samples
+    prompts = [captions[int(index * stride)] for index in range(setting.num_samples)]
+    protocol = {
+        "reference": reference,
+        "extractor": EXTRACTOR,
+        "clip_model": folder / "clip",
+        "num_samples": setting.num_samples,
+        "num_inference_steps": INFERENCE_STEPS,
+        "arguments": {"prompt": prompts},
+        "call_arguments": {"guidance_scale": GUIDANCE_SCALE},
+        "batch_size": 100,
+        "seed": args.seed,
+    }
+    report = evaluate(
+        joint,
+        teacher=original,
+        title="Emoji from their names: one Stable Diffusion, every size",
+        command=f"python benchmarks/emoji.py --setting {args.setting}",
+        **protocol,
+    )
+    report.add_baseline(UNTRAINED, evaluate(untrained, metrics=("fid", "kid", "clip_score"), **protocol))
+    report.write(folder)
+    return report
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train a small text-to-image model on emoji, compress it, and measure every size.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output_dir", default="emoji", help="folder to make, or of a run to continue")
+    add("--setting", choices=tuple(SETTINGS), default="cpu", help="how large everything is")
+    add("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf")
+    add("--seed", type=int, default=0, help="of everything random")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
+    args = parser.parse_args()
+    try:
+        benchmark(args)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The emoji benchmark from end to end, on pictures of noise and with models of a few steps."""
+
+import json
+
+import emoji
+import pytest
+import torch
+from emoji_models import Recipe
+from tiny_stable_diffusion import save_captioned_images
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    setting = emoji.Setting(
+        resolution=16,
+        clip=Recipe((16,), 2, 8, 1e-3),
+        vae=Recipe((8, 8), 2, 8, 1e-3),
+        unet=Recipe((16, 32), 2, 8, 1e-3),
+        joint=Recipe((), 2, 4, 1e-3),
+        sizes=(0.6, 1.0),
+        num_samples=6,
+    )
+    monkeypatch.setitem(emoji.SETTINGS, "cpu", setting)
+    monkeypatch.setattr(emoji, "INFERENCE_STEPS", 2)
+    monkeypatch.setattr(emoji, "check_font", lambda font: None)
+
+    def write_noise(folder, font, resolution):
+        if not folder.exists():
+            save_captioned_images(folder)
+        return [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+    monkeypatch.setattr(emoji, "write_emoji", write_noise)
+    monkeypatch.setattr(emoji, "read_images", lambda folder, count: torch.rand(count, 3, 16, 16))
+    return setting
+
+
+def test_report_has_every_size_beside_the_original_and_the_untrained(tmp_path, tiny):
+    args = emoji.make_parser().parse_args(["--output_dir", str(tmp_path / "run")])
+    report = emoji.benchmark(args)
+    assert report.teacher is not None
+    rows = [report.teacher, *(row for rows in report.series.values() for row in rows)]
+    assert [(row.series, row.size) for row in rows[1:]] == [
+        *(("OFA", size) for size in (1.0, 0.6)),
+        *((emoji.UNTRAINED, size) for size in (1.0, 0.6)),
+    ]
+    for row in rows:
+        assert row.values["fid"] is not None
+        assert row.values["clip_score"] is not None
+    assert (tmp_path / "run" / "samples.png").exists()
+
+
+def test_folder_of_another_run_stays_as_it_is(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        emoji.claim(tmp_path, {"setting": "cpu"})
+    folder = tmp_path / "run"
+    emoji.claim(folder, {"setting": "cpu", "seed": 0})
+    emoji.claim(folder, {"setting": "cpu", "seed": 0})
+    with pytest.raises(ValueError, match="another setting or seed"):
+        emoji.claim(folder, {"setting": "cpu", "seed": 1})
+
+
+def test_font_has_to_be_one_of_colour_bitmaps(tmp_path):
+    from emoji_data import check_font
+
+    with pytest.raises(ValueError, match="apt-get install fonts-noto-color-emoji"):
+        check_font(tmp_path / "none.ttf")
