@@ -197,7 +197,8 @@ class Supernet:
             **kwargs: As in the denoiser's own `save_pretrained`, such as `variant` or `max_shard_size`.
 
         Raises:
-            ValueError: If the target is a file, adapters are loaded, or `safe_serialization` is off.
+            ValueError: If the target is a file, adapters are loaded, weights are offloaded, or `safe_serialization` is
+                off.
         """
         if not kwargs.get("safe_serialization", True):
             raise ValueError("safe_serialization=False: a supernet is saved as safetensors only")
@@ -209,13 +210,16 @@ class Supernet:
         """Writes `ofa_config.json` and `ofa_basis.safetensors` into the denoiser's folder.
 
         Raises:
-            ValueError: If the target is a file, or adapters are loaded: the weights would be saved under other names.
+            ValueError: If the target is a file, adapters are loaded (the weights would be saved under other names), or
+                the weights are offloaded.
         """
         directory = Path(directory)
         if directory.is_file():
             raise ValueError(f"{directory} is a file; a supernet is saved in a folder")
         if self._adapted:
             raise ValueError("the model has adapters; unload_lora_weights() before saving the supernet")
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            raise ValueError("the model's weights are offloaded; remove_all_hooks() before saving the supernet")
         directory.mkdir(parents=True, exist_ok=True)
         save_basis(self.basis, directory)
         values = {

@@ -11,7 +11,15 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, ModelMixin
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    DDIMPipeline,
+    DDPMPipeline,
+    DiffusionPipeline,
+    ModelMixin,
+)
 from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import snapshot_download
 
@@ -22,12 +30,15 @@ from ofadiff.pipelines.lora import AdapterOfOriginal
 from ofadiff.sizes import SizeTable
 from ofadiff.supernet import CONFIG_NAME, Supernet, denoiser_class, read_ofa_config
 
+# They choose the class of a task themselves and cannot be made.
+AUTO_PIPELINES = (AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting)
+
 
 class OFAPipeline:
     """A diffusers pipeline around a supernet: the checkpoint's own pipeline class, `size=` added to its call.
 
-    `OFAPipeline.from_pretrained` makes it. Everything else is as in that class: schedulers, callbacks, devices, other
-    components.
+    `OFAPipeline.from_pretrained` makes it, `OFAPipeline.from_pipe` one for another task. Everything else is as in that
+    class: schedulers, callbacks, devices, other components.
 
     Example:
         >>> pipeline = OFAPipeline.from_pretrained("my-ofa-checkpoint")
@@ -70,8 +81,7 @@ class OFAPipeline:
                 )
         directory = _local_folder(pretrained_model_name_or_path, kwargs)
         name = find_denoiser(directory)
-        if name in kwargs:
-            raise ValueError(f"{name} cannot be passed: the checkpoint's own {name} is what has the sizes")
+        _check_denoiser_not_passed(name, kwargs)
         subnets = SizeTable.from_dict(read_ofa_config(directory / name))
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         if isinstance(dtype, dict):
@@ -94,6 +104,52 @@ class OFAPipeline:
         pipeline = load(directory, **{name: denoiser}, **kwargs)
         pipeline.supernet, pipeline.subnets, pipeline._denoiser_name = supernet, subnets, name
         return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, pipeline_class: type[DiffusionPipeline], **kwargs: Any) -> Any:
+        """A pipeline for another task around the same components, with the same sizes.
+
+        Nothing is copied or cast: setting a size, loading an adapter or moving one pipeline changes what both share.
+        Offloading is enabled anew on the pipeline that is called next, as in diffusers.
+
+        Args:
+            pipeline: An `OFAPipeline`.
+            pipeline_class: The diffusers class to make, such as `StableDiffusionImg2ImgPipeline`, or one that chooses
+                it for the model, such as `AutoPipelineForImage2Image`.
+            **kwargs: Components that the class needs beyond those of `pipeline`, such as `controlnet`, or other ones in
+                their place, such as `scheduler`; `dtype` (or `torch_dtype`) casts all components, the shared ones too.
+
+        Returns:
+            An instance of `pipeline_class` that is an `OFAPipeline` too.
+
+        Raises:
+            ValueError: If `pipeline` has no sizes, `pipeline_class` is no diffusers pipeline class, or the denoiser is
+                passed.
+            TypeError: If the class needs a component that `pipeline` has not.
+
+        Example:
+            >>> inpaint = OFAPipeline.from_pipe(pipeline, StableDiffusionInpaintPipeline)
+            >>> OFAPipeline.from_pipe(pipeline, StableDiffusionControlNetPipeline, controlnet=controlnet)
+        """
+        if not isinstance(pipeline, OFAPipeline):
+            raise ValueError(
+                f"this {type(pipeline).__name__} has no sizes; pass what OFAPipeline.from_pretrained returned, "
+                "and the class to make"
+            )
+        _check_denoiser_not_passed(pipeline._denoiser_name, kwargs)
+        dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        if pipeline_class in AUTO_PIPELINES:
+            pipeline_class = type(pipeline_class.from_pipe(pipeline, **kwargs))
+        known = isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)
+        if not known or issubclass(pipeline_class, OFAPipeline):
+            raise ValueError(
+                f"pipeline_class is {pipeline_class!r}; it must be a diffusers pipeline class such as "
+                "StableDiffusionImg2ImgPipeline"
+            )
+        made = pipeline._rebuild(ofa_pipeline_class(pipeline_class), **kwargs)  # type: ignore[arg-type]
+        made.supernet, made.subnets = pipeline.supernet, pipeline.subnets
+        made._denoiser_name = pipeline._denoiser_name
+        return made.to(dtype=dtypes[0] or dtypes[1])
 
     def __call__(self, *args: Any, size: float | str | None = None, **kwargs: Any) -> Any:
         """The pipeline's own call; `size` holds for this call only.
@@ -122,6 +178,8 @@ class OFAPipeline:
     def set_size(self, size: float | str) -> None:
         """Sets the size that calls without `size=` sample at.
 
+        In a `callback_on_step_end` it is the size of the steps that follow; a call with `size=` ends where it began.
+
         Raises:
             ValueError: If there is no such size; a pipeline that was loaded with `size=` has only that one.
         """
@@ -132,12 +190,14 @@ class OFAPipeline:
     def extract(self, size: float | str) -> DiffusionPipeline:
         """A plain diffusers pipeline around the extracted denoiser; it shares the other components.
 
+        A new ControlNet is made of the supernet, at any size: `ControlNetModel.from_unet` needs the full encoder.
+
         Raises:
             ValueError: If there is no such size.
         """
         subnet = self.subnets.find(size)
         denoiser = self.components[self._denoiser_name] if self.supernet is None else self.supernet.extract(subnet.size)  # type: ignore[attr-defined]
-        return self._stock_pipeline(**{self._denoiser_name: denoiser})
+        return self._rebuild(self._stock_class, **{self._denoiser_name: denoiser})
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As in diffusers; the denoiser's folder gets the supernet's `ofa_config.json` and basis too."""
@@ -147,11 +207,16 @@ class OFAPipeline:
             self.supernet.save_metadata(Path(save_directory) / self._denoiser_name)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
-    def _stock_pipeline(self, **replaced: ModelMixin) -> DiffusionPipeline:
-        stock = self._stock_class
-        _, optional = stock._get_signature_keys(stock)  # type: ignore[attr-defined]
-        options = {name: self.config[name] for name in optional if name in self.config}  # type: ignore[attr-defined]
-        return stock(**{**self.components, **options, **replaced})  # type: ignore[attr-defined]
+    def _rebuild(self, pipeline_class: type[DiffusionPipeline], **replaced: Any) -> DiffusionPipeline:
+        """A pipeline of a class around the components and with the options that both know."""
+        modules, options = pipeline_class._get_signature_keys(pipeline_class)  # type: ignore[attr-defined]
+        shared = {name: part for name, part in self.components.items() if name in modules}  # type: ignore[attr-defined]
+        shared |= {name: self.config[name] for name in options if name in self.config}  # type: ignore[attr-defined]
+        return pipeline_class(**{**shared, **replaced})
+
+    def __reduce__(self) -> tuple:
+        # The class is made at run time: what unpickles or copies the pipeline has to make it again.
+        return _new_pipeline, (self._stock_class,), self.__dict__
 
 
 @functools.cache
@@ -182,6 +247,11 @@ def ofa_pipeline_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline
     return type(stock.__name__, (OFAPipeline, *adapters, stock), namespace)
 
 
+def _new_pipeline(stock: type[DiffusionPipeline]) -> DiffusionPipeline:
+    cls: Any = ofa_pipeline_class(stock)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
 def find_denoiser(directory: str | Path) -> str:
     """Name of the component in a pipeline folder that is a supernet.
 
@@ -199,6 +269,11 @@ def find_denoiser(directory: str | Path) -> str:
         f"{directory} holds no {CONFIG_NAME} in any component, so it is no OFA checkpoint; "
         "recipes/compress_ddpm.py or recipes/compress_sd.py makes one"
     )
+
+
+def _check_denoiser_not_passed(name: str, kwargs: dict[str, Any]) -> None:
+    if name in kwargs:
+        raise ValueError(f"{name} cannot be passed: the checkpoint's own {name} is what has the sizes")
 
 
 def _local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
