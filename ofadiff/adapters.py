@@ -32,16 +32,15 @@ def check_adapter(model: nn.Module, groups: Sequence[ChannelGroup], adapter: str
 
 
 def adopt_adapter(
-    model: nn.Module, groups: Sequence[ChannelGroup], adapter: str, basis: Mapping[str, torch.Tensor] | None
+    model: nn.Module, groups: Sequence[ChannelGroup], adapter: str, basis: Mapping[str, torch.Tensor]
 ) -> list[Side]:
-    """Makes the layers of an injected adapter elastic, in place.
+    """Makes the layers of an injected adapter of the original model elastic, in place.
 
     Args:
         model: The elastic denoiser, with the adapter injected by peft at full size.
         groups: Its channel groups.
         adapter: Name of the adapter.
-        basis: The supernet's, for an adapter of the original model: its weights are taken there. None for one that was
-            trained on the supernet.
+        basis: The supernet's; the adapter's weights are taken there.
 
     Returns:
         Every side that follows a group's width, with the slice that says how.
@@ -57,8 +56,9 @@ def adopt_adapter(
             continue
         for group, part in parts:
             side = layer.lora_B[adapter] if part.axis == "out" else layer.lora_A[adapter]
-            if basis is not None:
-                change_module(side, part, change_of_basis(group, part, basis))
+            # The weights may be the caller's own tensors, and a layer may have two parts.
+            side.weight.data = side.weight.data.clone()
+            change_module(side, part, change_of_basis(group, part, basis))
             if not isinstance(side, tuple(ELASTIC.values())):
                 make_elastic(side, f"{name}, adapter {adapter}")
             sides.append((side, group, part))

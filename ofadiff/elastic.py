@@ -39,14 +39,17 @@ def make_model_elastic(model: nn.Module, groups: Sequence[ChannelGroup]) -> None
             raise ValueError(f"{name} is part of an adapter; merge or unload adapters before compressing")
     layers = {name: model.get_submodule(name) for name in slices_by_module(groups)}
     for name, layer in layers.items():
-        check_elastic_type(layer, name)
-        if "forward" in vars(layer):
-            # The hook would go on calling the stock layer's forward, at full size.
-            raise ValueError(
-                f"{name} has a hook in place of its forward (offloading, casting); add it after the Supernet"
-            )
+        check_can_be_elastic(layer, name)
     for name, layer in layers.items():
         make_elastic(layer, name)
+
+
+def check_can_be_elastic(layer: nn.Module, name: str) -> None:
+    """Raises TypeError if there is no elastic class for a layer's type, ValueError if the layer has a hook already."""
+    check_elastic_type(layer, name)
+    if "forward" in vars(layer):
+        # The hook would go on calling the stock layer's forward, at full size.
+        raise ValueError(f"{name} has a hook in place of its forward (offloading, casting); add it after the Supernet")
 
 
 def kept_by_module(groups: Sequence[ChannelGroup], widths: dict[str, int]) -> dict[str, Kept]:

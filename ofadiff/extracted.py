@@ -25,7 +25,8 @@ from safetensors import safe_open
 from ofadiff.basis import BASIS_NAME, load_basis, save_basis
 from ofadiff.channels import ChannelGroup, active_part, check_widths, read_active_part
 from ofadiff.elastic import kept_by_module, shrink_model
-from ofadiff.sizes import CONFIG_NAME
+from ofadiff.size_adapter import load_size_adapter
+from ofadiff.sizes import CONFIG_NAME, Subnet
 from ofadiff.unet_elastic import find_channel_groups
 
 # Key of the widths in an extracted model's config.json.
@@ -177,16 +178,18 @@ def extract(
 def load_extracted(
     directory: str | Path,
     stock: type[ModelMixin],
-    widths: dict[str, int],
+    subnet: Subnet,
     torch_dtype: torch.dtype | None = None,
     variant: str | None = None,
 ) -> ModelMixin:
     """Loads one subnet out of a supernet's folder, reading only the part of every weight that it keeps.
 
+    If the folder has an adapter of its size, that is merged.
+
     Args:
         directory: Folder of the denoiser, as `Supernet.save_pretrained` wrote it.
         stock: Class of the denoiser.
-        widths: Units that every group keeps.
+        subnet: Which one.
         torch_dtype: Dtype of the parameters; float32 unless it is a `torch.dtype`, as in diffusers.
         variant: Variant of the weight files, such as `"fp16"`.
 
@@ -196,9 +199,10 @@ def load_extracted(
     Raises:
         FileNotFoundError: If the folder holds no safetensors weights of that variant.
     """
-    directory = Path(directory)
+    directory, widths = Path(directory), subnet.widths
     small = empty_extracted_model(stock, stock.load_config(directory), widths)
     kept = kept_by_module(_groups_of(stock, stock.load_config(directory), widths), widths)
+    adapter = load_size_adapter(directory, subnet.size)
     dtype = torch_dtype if isinstance(torch_dtype, torch.dtype) else torch.float32
     state = {}
     for file, keys in _weight_files(directory, variant).items():
@@ -211,6 +215,8 @@ def load_extracted(
                     read_active_part(stored, name, kept.get(module, ()), dtype) if is_float else weights.get_tensor(key)
                 )
     small.load_state_dict(state, assign=True, strict=True)
+    if adapter is not None:
+        adapter.merge_into(small)
     small.ofa_basis = load_basis(directory)
     for buffer in small.buffers():
         buffer.data = buffer.data.to(dtype) if buffer.is_floating_point() else buffer.data

@@ -1,7 +1,8 @@
 """Elastic layers: stock layers that compute with the active part of their own parameters.
 
 An elastic class differs from the stock class in nothing but its forward: parameters, hooks and state-dict keys stay
-those of the layer it was made from. At full width `kept` is empty and the stock computation runs.
+those of the layer it was made from. At full width `kept` is empty and the stock computation runs. `updates` holds what
+the adapter of the size that is set adds to the layer, if there is one.
 """
 
 from __future__ import annotations
@@ -13,24 +14,63 @@ from torch import nn
 from ofadiff.channels import Kept, active_part
 
 
+class LowRankUpdate(nn.Module):
+    """What the LoRA of one size adds to a layer's weight at that size: W + scaling · B A.
+
+    Its matrices have that size's shape. They move with the layer that it is put into, but are in no state dict.
+
+    Args:
+        down: A, `(rank, in)`, or `(rank, in, height, width)` for a convolution.
+        up: B, `(out, rank)`, or `(out, rank, 1, 1)`.
+        scaling: Their factor.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, scaling: float) -> None:
+        super().__init__()
+        self.register_buffer("down", down, persistent=False)
+        self.register_buffer("up", up, persistent=False)
+        self.scaling = scaling
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it is added to."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def add_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """W + scaling · B A for a weight of that shape: A and B in its dtype, the sum in float32."""
+        down, up = (side.to(weight).float().flatten(1) for side in (self.down, self.up))
+        return weight.float() + self.scaling * (up @ down).view(self.shape)
+
+
 class ElasticLinear(nn.Linear):
     """A linear map whose rows and columns can be cut to the active units of their groups."""
 
     kept: Kept = ()
+    updates: tuple[LowRankUpdate, ...] = ()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = _active(self)
-        return F.linear(input, weight, bias)
+        output = F.linear(input, weight, bias)
+        for update in self.updates:
+            output = output + update.scaling * F.linear(F.linear(input, update.down), update.up)
+        return output
 
 
 class ElasticConv2d(nn.Conv2d):
     """A convolution whose output and input channels can be cut to the active units of their groups."""
 
     kept: Kept = ()
+    updates: tuple[LowRankUpdate, ...] = ()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = _active(self)
-        return self._conv_forward(input, weight, bias)
+        output = self._conv_forward(input, weight, bias)
+        for update in self.updates:
+            output = output + update.scaling * F.conv2d(self._conv_forward(input, update.down, None), update.up)
+        return output
 
 
 class ElasticGroupNorm(nn.GroupNorm):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -17,10 +18,12 @@ from torch import nn
 from ofadiff import extracted
 from ofadiff.allocation import check_scores
 from ofadiff.basis import PERMUTATION, load_basis, save_basis
-from ofadiff.channels import ChannelGroup, Slice, check_widths
-from ofadiff.elastic import kept_by_module, make_model_elastic, permute_units
+from ofadiff.channels import ChannelGroup, Slice, active_part, check_widths
+from ofadiff.elastic import check_can_be_elastic, kept_by_module, make_model_elastic, permute_units
+from ofadiff.layers import ELASTIC, make_elastic
 from ofadiff.rotation import check_not_rotated
-from ofadiff.sizes import CONFIG_NAME, SizeTable
+from ofadiff.size_adapter import SizeAdapter, load_size_adapters, save_size_adapters
+from ofadiff.sizes import CONFIG_NAME, SizeTable, Subnet
 from ofadiff.unet_elastic import find_channel_groups
 
 FORMAT_VERSION = 1
@@ -95,16 +98,24 @@ class Supernet:
         self.subnets = subnets
         self.basis = basis
         self.provenance = provenance
-        # Everything that a switch sets, looked up once: a switch then only assigns.
-        self._layers = {
-            subnet.size: [
-                (model.get_submodule(name), kept) for name, kept in kept_by_module(groups, subnet.widths).items()
-            ]
-            for subnet in subnets
-        }
+        self._size_adapters: dict[float, SizeAdapter] = {}
+        self._look_up_layers()
         self._blocks = [(model.get_submodule(group.name), group) for group in groups if group.resize is not None]
         self._adapters: dict[str, list[tuple[nn.Module, str, Slice]]] = {}
         self.set_size("largest")
+
+    def _look_up_layers(self) -> None:
+        """Everything that a switch sets, so that a switch only assigns."""
+        adapted = {name for adapter in self._size_adapters.values() for name in adapter.updates}
+        self._layers = {}
+        for subnet in self.subnets:
+            kept = kept_by_module(self.groups, subnet.widths)
+            adapter = self._size_adapters.get(subnet.size)
+            updates = {} if adapter is None else adapter.updates
+            self._layers[subnet.size] = [
+                (self.model.get_submodule(name), kept.get(name, ()), (updates[name],) if name in updates else ())
+                for name in {**kept, **dict.fromkeys(sorted(adapted))}
+            ]
 
     @property
     def sizes(self) -> tuple[float, ...]:
@@ -120,15 +131,20 @@ class Supernet:
     def _adapted(self) -> bool:
         return any("lora_" in name for name in self.model.state_dict())
 
+    @property
+    def size_adapters(self) -> Mapping[float, SizeAdapter]:
+        """The adapters by their sizes; sizes without one are not in it."""
+        return MappingProxyType(self._size_adapters)
+
     def set_size(self, size: float | str) -> None:
-        """Sets the model to a size: one of `sizes`, `"smallest"` or `"largest"`.
+        """Sets the model to a size: one of `sizes`, `"smallest"` or `"largest"`; its adapter, if any, comes with it.
 
         Raises:
             ValueError: If there is no such size; lists those there are. The model then stays as it was.
         """
         subnet = self.subnets.find(size)
-        for layer, kept in self._layers[subnet.size]:
-            layer.kept = kept
+        for layer, kept, updates in self._layers[subnet.size]:
+            layer.kept, layer.updates = kept, updates
         for sides in self._adapters.values():
             for side, name, part in sides:
                 units = subnet.widths[name]
@@ -137,21 +153,74 @@ class Supernet:
             group.resize(block, group, subnet.widths[group.name])  # type: ignore[misc]
         self._size = subnet.size
 
-    def adopt_adapter(self, adapter: str, of_original: bool = True) -> None:
-        """Makes a LoRA that peft has injected into the model follow its sizes.
+    def set_size_adapter(self, size: float | str, adapter: SizeAdapter | None) -> None:
+        """Gives a size the LoRA that was trained on it, in place of the one it had; None takes that one away.
+
+        The adapter is a part of its size: it acts when the size is set and never else, `extract` merges it, and
+        `save_pretrained` writes it beside the weights, which stay what they are. LoRAs that a user loads are another
+        matter: `set_adapters`, `fuse_lora`, `unload_lora_weights` and the like act on those alone.
+
+        Args:
+            size: One of `sizes`, `"smallest"` or `"largest"`.
+            adapter: Trained on `extract(size)`. It is moved to the model's device and dtype.
+
+        Raises:
+            ValueError: If there is no such size, the adapter does not fit it, or the model has LoRAs or is offloaded.
+            TypeError: If the adapter changes a layer that is neither linear nor a convolution.
+        """
+        subnet = self.subnets.find(size)
+        if self._adapted:
+            raise ValueError("the model has LoRAs; unload_lora_weights(), set the size's adapter, then load them again")
+        if adapter is not None:
+            self._check_size_adapter(subnet, adapter)
+        place = f"size_adapter_{self.sizes.index(subnet.size)}"
+        old = self._size_adapters.pop(subnet.size, None)
+        for name in [] if old is None else old.updates:
+            layer = self.model.get_submodule(name)
+            delattr(layer, place)
+            layer.updates = ()
+        if adapter is not None:
+            self._size_adapters[subnet.size] = adapter
+            for name, update in adapter.updates.items():
+                layer = self.model.get_submodule(name)
+                if not isinstance(layer, tuple(ELASTIC.values())):
+                    make_elastic(layer, name)
+                layer.add_module(place, update.to(layer.weight.device, layer.weight.dtype))
+        self._look_up_layers()
+        self.set_size(self.size)
+
+    def _check_size_adapter(self, subnet: Subnet, adapter: SizeAdapter) -> None:
+        modules, kept = dict(self.model.named_modules()), kept_by_module(self.groups, subnet.widths)
+        for name, update in adapter.updates.items():
+            if name not in modules:
+                raise ValueError(f"the adapter changes {name}, which the model does not have")
+            layer = modules[name]
+            if not isinstance(layer, tuple(ELASTIC.values())):
+                check_can_be_elastic(layer, name)
+            if layer.weight.is_meta:
+                raise ValueError("the model's weights are offloaded; set the size's adapter before offloading")
+            shape = tuple(active_part(layer.weight, "weight", kept.get(name, ())).shape)
+            if update.shape != shape:
+                raise ValueError(
+                    f"the adapter's {name} is for a weight of shape {update.shape}; at size {subnet.size:g} it has "
+                    f"{shape}: was it trained on extract({subnet.size:g})?"
+                )
+
+    def adopt_adapter(self, adapter: str) -> None:
+        """Makes a LoRA of the original model that peft has injected into the model follow its sizes.
+
+        Its weights are taken, in place, into the order and the basis that the supernet's channels are in; at every size
+        it acts as the original with the LoRA fused would, cut to that size.
 
         Args:
             adapter: Name of the adapter. Adopting a name again (after a hot swap) replaces it.
-            of_original: Whether the adapter was made for the original model. Its weights are then taken, in place, into
-                the order and the basis that the supernet's channels are in; at every size it acts as the original with
-                the LoRA fused would, cut to that size. False for an adapter that was trained on this supernet.
 
         Raises:
             ValueError: If it is no plain LoRA.
         """
         from ofadiff.adapters import adopt_adapter  # peft is needed for adapters only
 
-        sides = adopt_adapter(self.model, self.groups, adapter, self.basis if of_original else None)
+        sides = adopt_adapter(self.model, self.groups, adapter, self.basis)
         # Adapters that were deleted since must not be kept alive.
         present = getattr(self.model, "peft_config", {})
         self._adapters = {name: old for name, old in self._adapters.items() if name in present}
@@ -182,15 +251,20 @@ class Supernet:
             A copy in eval mode, on the model's device, in its dtype.
 
         Raises:
-            ValueError: If there is no such size, or adapters are loaded.
+            ValueError: If there is no such size, or LoRAs are loaded; the size's own adapter is merged.
         """
         subnet = self.subnets.find(size)
         if self._adapted:
             raise ValueError("the model has adapters; fuse_lora() if they shall stay, and unload_lora_weights() first")
-        return extracted.extract(self.model, self.groups, subnet.widths, self.basis)
+        small = extracted.extract(self.model, self.groups, subnet.widths, self.basis)
+        if subnet.size in self._size_adapters:
+            self._size_adapters[subnet.size].merge_into(small)
+        return small
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Saves a plain diffusers model at full size with `ofa_config.json` and `ofa_basis.safetensors` beside it.
+
+        Adapters of sizes are written beside it too; plain diffusers does not see them.
 
         Args:
             save_directory: Folder of the denoiser, such as `unet/` of a pipeline; made if it is not there.
@@ -207,7 +281,7 @@ class Supernet:
         self.model.save_pretrained(save_directory, **kwargs)
 
     def save_metadata(self, directory: str | Path) -> None:
-        """Writes `ofa_config.json` and `ofa_basis.safetensors` into the denoiser's folder.
+        """Writes `ofa_config.json`, `ofa_basis.safetensors` and the sizes' adapters into the denoiser's folder.
 
         Raises:
             ValueError: If the target is a file, adapters are loaded (the weights would be saved under other names), or
@@ -222,6 +296,7 @@ class Supernet:
             raise ValueError("the model's weights are offloaded; remove_all_hooks() before saving the supernet")
         directory.mkdir(parents=True, exist_ok=True)
         save_basis(self.basis, directory)
+        save_size_adapters(self._size_adapters, directory)
         values = {
             "format_version": FORMAT_VERSION,
             "groups": [_fingerprint(group) for group in self.groups],
@@ -235,7 +310,8 @@ class Supernet:
         """Loads what `save_pretrained` wrote.
 
         Args:
-            directory: Folder of the denoiser: `config.json`, weights, `ofa_config.json`, `ofa_basis.safetensors`.
+            directory: Folder of the denoiser: `config.json`, weights, `ofa_config.json`, `ofa_basis.safetensors`, and
+                `ofa_adapters/` if sizes have adapters.
             **kwargs: As in the denoiser's own `from_pretrained`, such as `torch_dtype` or `variant`.
 
         Raises:
@@ -255,6 +331,8 @@ class Supernet:
         make_model_elastic(model, groups)
         supernet = cls.__new__(cls)
         supernet._build(model, groups, SizeTable.from_dict(values), load_basis(directory), values["provenance"])
+        for size, adapter in load_size_adapters(directory, supernet.sizes).items():
+            supernet.set_size_adapter(size, adapter)
         return supernet
 
 

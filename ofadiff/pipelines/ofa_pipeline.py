@@ -27,6 +27,7 @@ from ofadiff.basis import BASIS_NAME
 from ofadiff.extracted import load_extracted
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
 from ofadiff.pipelines.lora import AdapterOfOriginal
+from ofadiff.size_adapter import ADAPTERS_NAME
 from ofadiff.sizes import SizeTable
 from ofadiff.supernet import CONFIG_NAME, Supernet, denoiser_class, read_ofa_config
 
@@ -97,7 +98,7 @@ class OFAPipeline:
             supernet = None
             subnets = SizeTable([subnet], subnets.budget, subnets.min_keep, subnets.full_params, subnets.full_macs)
             stock = denoiser_class(directory / name)
-            denoiser = load_extracted(directory / name, stock, subnet.widths, torch_dtype=dtype, variant=variant)
+            denoiser = load_extracted(directory / name, stock, subnet, torch_dtype=dtype, variant=variant)
         pipeline_class = ofa_pipeline_class(_stock_pipeline_class(directory, denoiser))  # type: ignore[arg-type]
         # The class's own loader, with the denoiser given: diffusers then loads everything but that.
         load = super(OFAPipeline, pipeline_class).from_pretrained  # type: ignore[misc]
@@ -286,7 +287,8 @@ def _local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
     for_pipeline = {key: kwargs[key] for key in ("proxies", "variant") if key in kwargs}
     folder = DiffusionPipeline.download(str(name_or_path), **options, **for_pipeline)
     # diffusers fetches the files that it knows; the supernet's own lie in the same snapshot.
-    snapshot_download(str(name_or_path), allow_patterns=[f"*/{CONFIG_NAME}", f"*/{BASIS_NAME}"], **options)
+    own_files = [f"*/{CONFIG_NAME}", f"*/{BASIS_NAME}", f"*/{ADAPTERS_NAME}/*/*"]
+    snapshot_download(str(name_or_path), allow_patterns=own_files, **options)
     return Path(folder)
 
 
