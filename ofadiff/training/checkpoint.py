@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ofadiff.supernet import Supernet
+from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.stream import Place
 
 DENOISER = "denoiser"
@@ -27,7 +28,7 @@ class TrainingState:
     """Everything about a run that a checkpoint holds.
 
     Attributes:
-        supernet: With the weights in training, not their average.
+        supernet: With the weights in training, not their average; or one size in training.
         ema: The average of the weights.
         optimizer: Over the supernet's parameters.
         lr_scheduler: The optimizer's learning rate.
@@ -39,7 +40,7 @@ class TrainingState:
         place: Where to read on, of streamed data only.
     """
 
-    supernet: Supernet
+    supernet: Supernet | SingleSize
     ema: EMAModel
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -57,7 +58,7 @@ def save_checkpoint(state: TrainingState, output_dir: str | Path, total_limit: i
     The checkpoint is made under a hidden name and then renamed: a killed run leaves whole checkpoints only.
 
     Returns:
-        The checkpoint's folder. Its `denoiser/` is a supernet's folder, for `Supernet.from_pretrained`.
+        The checkpoint's folder. A supernet's `denoiser/` in it is one for `Supernet.from_pretrained`.
     """
     output_dir = Path(output_dir)
     checkpoint = output_dir / f"checkpoint-{state.step}"
@@ -105,7 +106,10 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     """
     checkpoint = Path(checkpoint)
     check_same_run(checkpoint, state.run)
-    _load_supernet(state.supernet, checkpoint)
+    if isinstance(state.supernet, SingleSize):
+        state.supernet.load(checkpoint / DENOISER)
+    else:
+        _load_supernet(state.supernet, checkpoint)
     saved = json.loads((checkpoint / "state.json").read_text())
 
     averages = load_file(checkpoint / "ema.safetensors")
@@ -166,8 +170,7 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
 
 
 def _by_name(state: TrainingState) -> dict[str, Tensor]:
-    names = [name for name, _ in state.supernet.model.named_parameters()]
-    return dict(zip(names, state.ema.shadow_params, strict=True))
+    return dict(zip(trained_weights(state.supernet.model), state.ema.shadow_params, strict=True))
 
 
 def _flat(values: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:

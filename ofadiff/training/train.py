@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from ofadiff.training.checkpoint import TrainingState, load_checkpoint, save_che
 from ofadiff.training.data import Samples, fixed_batches, load_batches, step_batches
 from ofadiff.training.distill import block_outputs, distillation_loss
 from ofadiff.training.losses import Batch, Prepare, denoising_loss, mean_squared_error, predict
+from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.stream import START, TextToImageStream, load_stream
 
 
@@ -44,7 +45,7 @@ class TrainingResult:
 
 
 def train(
-    supernet: Supernet,
+    supernet: Supernet | SingleSize,
     train_data: Samples | TextToImageStream,
     validation_data: Samples | None,
     prepare: Prepare,
@@ -78,11 +79,11 @@ def train(
     and resumed ends with the same weights. Dropout follows: the global random state is reseeded before every forward.
 
     Args:
-        supernet: What is trained.
+        supernet: What is trained; or one size of it, extracted.
         train_data: Samples by key, such as `ImageData`, or a stream of them.
         validation_data: Held-out samples, or None for no validation.
         prepare: Makes the denoiser's inputs of a batch, such as `prepare_pixels` with its scheduler bound.
-        optimizer: Over `supernet.model.parameters()`.
+        optimizer: Over the parameters of `supernet.model` that want gradients.
         lr_scheduler: Of that optimizer; advanced once per optimizer step.
         accelerator: Devices, precision, gradient accumulation and trackers.
         output_dir: Where checkpoints go.
@@ -117,7 +118,8 @@ def train(
     if teacher is not None:
         teacher.to(device).eval()
 
-    ema = EMAModel(supernet.model.parameters(), decay=ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
+    trained = list(trained_weights(supernet.model).values())
+    ema = EMAModel(trained, decay=ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
     if offload_ema:
         ema.to("cpu")
     state = TrainingState(
@@ -142,7 +144,7 @@ def train(
 
     def validate(step: int) -> None:
         supernet.model.eval()
-        with averaged_weights(ema, supernet.model):
+        with averaged_weights(ema, trained):
             if validation_batches:
                 losses = {}
                 for size in supernet.sizes:
@@ -190,13 +192,12 @@ def train(
                         loss = loss + distillation_loss(teacher, inputs, prediction, features, *weights)
                 accelerator.backward(loss.mean())
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(supernet.model.parameters(), max_grad_norm)
+                    accelerator.clip_grad_norm_(trained, max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 step_loss += loss.detach().mean() / micro_steps
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
-        trained = list(supernet.model.parameters())
         ema.step([weight.cpu() for weight in trained] if offload_ema else trained)
         state.step = step + 1
         if "place" in batch:
@@ -222,7 +223,7 @@ def train(
     # Undo what `prepare` did for mixed precision: it wraps the model's forward, and unwrapping leaves an attribute.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     vars(supernet.model).pop("forward", None)
-    ema.copy_to(supernet.model.parameters())
+    ema.copy_to(trained)
     supernet.set_size("largest")
     supernet.model.eval()
     return TrainingResult(state.step, state.seconds, state.history, teacher_loss)
@@ -252,11 +253,11 @@ def validation_loss(model: nn.Module, batches: Iterable[Batch], prepare: Prepare
 
 
 @contextmanager
-def averaged_weights(ema: EMAModel, model: nn.Module) -> Iterator[None]:
-    """Gives a model its averaged weights for a block."""
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+def averaged_weights(ema: EMAModel, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gives weights the values of their average for a block."""
+    ema.store(weights)
+    ema.copy_to(weights)
     try:
         yield
     finally:
-        ema.restore(model.parameters())
+        ema.restore(weights)
