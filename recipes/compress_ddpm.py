@@ -67,7 +67,9 @@ def set_up(args: argparse.Namespace) -> Setup:
     unet = pipeline.unet
     noise_scheduler = make_noise_scheduler(type(pipeline.scheduler).__name__, pipeline.scheduler.config)
     check_sizes(args, unet)
-    train_data, validation_data = load_data(args, unet, accelerator)
+    classes = None if unet.class_embedding is None else unet.config.num_class_embeds or math.inf
+    shape = choose_resolution(args, unet), unet.config.in_channels
+    train_data, validation_data = load_data(args, accelerator, *shape, classes)
     accelerator.wait_for_everyone()
 
     # The supernet: rotate, rank, give every size its widths.
@@ -112,42 +114,51 @@ def load_pipeline(name: str, cache_dir: str | None = None) -> DiffusionPipeline:
     return pipeline
 
 
-def load_data(
-    args: argparse.Namespace, unet: UNet2DModel, accelerator: Accelerator
-) -> tuple[ImageData, ImageData | None]:
-    """Training and validation images, all of them checked."""
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        raise ValueError("give the images with one of --train_data_dir and --dataset_name")
+def choose_resolution(args: argparse.Namespace, unet: UNet2DModel) -> int:
+    """Side of the images: the one asked for, or the model's own."""
     resolution = args.resolution or unet.config.sample_size
     if not isinstance(resolution, int):
         raise ValueError(f"the model's sample size is {resolution}; give the side of square images with --resolution")
     factor = 2 ** (len(unet.config.block_out_channels) - 1)
     if resolution % factor:
         raise ValueError(f"--resolution {resolution} is not a multiple of {factor}, as this model needs")
+    return resolution
 
-    conditional = unet.class_embedding is not None
+
+def load_data(
+    args: argparse.Namespace, accelerator: Accelerator, resolution: int, channels: int, classes: float | None
+) -> tuple[ImageData, ImageData | None]:
+    """Training and validation images, all of them checked.
+
+    Args:
+        args: Where they are.
+        accelerator: Its processes share the check.
+        resolution: Side of the square images.
+        channels: 1, 3 or 4.
+        classes: How many the model knows; None if it is unconditional.
+    """
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        raise ValueError("give the images with one of --train_data_dir and --dataset_name")
     if args.train_data_dir is not None:
         images = image_folder(args.train_data_dir)
-        images = images if conditional else replace(images, labels=None)
+        images = replace(images, labels=None) if classes is None else images
     else:
         dataset = load_dataset_split(args.dataset_name, args.dataset_config_name, args.dataset_split, args.cache_dir)
-        images = dataset_images(dataset, args.image_column, args.label_column if conditional else None)
-    if conditional:
-        check_labels(images, unet)
+        images = dataset_images(dataset, args.image_column, None if classes is None else args.label_column)
+    if classes is not None:
+        check_labels(images, classes)
     share = accelerator.process_index, accelerator.num_processes
     check_images(images, args.dataloader_num_workers, accelerator.is_local_main_process, *share, gather_object)
 
     training, validation = hold_out(len(images.names), args.validation_fraction, args.seed)
-    size_and_mode = resolution, unet.config.in_channels
-    train_data = ImageData(images, *size_and_mode, random_flip=args.random_flip, indices=training)
-    return train_data, ImageData(images, *size_and_mode, indices=validation) if validation else None
+    train_data = ImageData(images, resolution, channels, random_flip=args.random_flip, indices=training)
+    return train_data, ImageData(images, resolution, channels, indices=validation) if validation else None
 
 
-def check_labels(images: Images, unet: UNet2DModel) -> None:
+def check_labels(images: Images, known: float) -> None:
     """Raises ValueError unless every image has a class that the model knows."""
     if images.labels is None:
         raise ValueError("the model is class-conditional, but the images have no labels: put each class in a subfolder")
-    known = unet.config.num_class_embeds or math.inf
     outside = [label for label in images.labels if not 0 <= label < known]
     if outside:
         raise ValueError(f"label {outside[0]} of the images is not one of the model's {known} classes")

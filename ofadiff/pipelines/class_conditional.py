@@ -1,4 +1,4 @@
-"""Sampling from a class-conditional `UNet2DModel`: `DDPMPipeline` with `class_labels`."""
+"""Sampling from a class-conditional denoiser of pixels: `DDPMPipeline` with `class_labels`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import json
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDPMPipeline, ImagePipelineOutput
+from diffusers import DDPMPipeline, DiTTransformer2DModel, ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 
-class ClassConditionalDDPMPipeline(DDPMPipeline):
-    """`DDPMPipeline` for a `UNet2DModel` with class embeddings, with any diffusers scheduler.
+def class_count(denoiser: ModelMixin) -> int | None:
+    """How many classes a denoiser is conditioned on; None if it is unconditional."""
+    name = "num_embeds_ada_norm" if isinstance(denoiser, DiTTransformer2DModel) else "num_class_embeds"
+    return denoiser.config[name]
 
-    diffusers has no pipeline class for such a model; on disk it stays a `DDPMPipeline` of the same components.
+
+class ClassConditionalDDPMPipeline(DDPMPipeline):
+    """`DDPMPipeline` for a denoiser with class embeddings, with any diffusers scheduler.
+
+    diffusers has no pipeline class for such a model of pixels; on disk it stays a `DDPMPipeline` of the same
+    components.
 
     Args:
-        unet: A `UNet2DModel` whose config has `num_class_embeds`.
+        unet: A `UNet2DModel` whose config has `num_class_embeds`, or a `DiTTransformer2DModel`.
         scheduler: A diffusers scheduler.
 
     Example:
@@ -37,7 +44,7 @@ class ClassConditionalDDPMPipeline(DDPMPipeline):
         """Samples one image for every label.
 
         Args:
-            class_labels: Class of each image, `(N,)`, integers in [0, num_class_embeds).
+            class_labels: Class of each image, `(N,)`, integers in [0, number of classes).
             generator: One generator, or one for each image.
             num_inference_steps: Denoising steps.
             output_type: `"pil"`, `"np"` (`(N, H, W, C)` in [0, 1]) or `"pt"` (`(N, C, H, W)` in [0, 1]).
@@ -53,8 +60,9 @@ class ClassConditionalDDPMPipeline(DDPMPipeline):
         labels = torch.as_tensor(class_labels, dtype=torch.long, device=self._execution_device)
         if labels.ndim != 1 or len(labels) == 0:
             raise ValueError(f"class_labels have shape {tuple(labels.shape)}; it must be (N,), one label per image")
-        if labels.min() < 0 or labels.max() >= config.num_class_embeds:
-            raise ValueError(f"class_labels are {labels.tolist()}; each must lie in [0, {config.num_class_embeds})")
+        classes = class_count(self.unet)
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"class_labels are {labels.tolist()}; each must lie in [0, {classes})")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")
         size = config.sample_size
@@ -66,7 +74,7 @@ class ClassConditionalDDPMPipeline(DDPMPipeline):
         extra = self.prepare_step_arguments(generator)
         for t in self.progress_bar(self.scheduler.timesteps):
             model_input = self.scheduler.scale_model_input(image, t)
-            model_output = self.unet(model_input, t, class_labels=labels).sample
+            model_output = self.unet(model_input, t.expand(len(labels)), class_labels=labels).sample
             image = self.scheduler.step(model_output, t, image, **extra).prev_sample
         image = (image / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":

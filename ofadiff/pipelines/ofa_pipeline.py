@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 
 from ofadiff.basis import BASIS_NAME
 from ofadiff.extracted import load_extracted
-from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
+from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline, class_count
 from ofadiff.pipelines.lora import AdapterOfOriginal
 from ofadiff.size_adapter import ADAPTERS_NAME
 from ofadiff.sizes import SizeTable
@@ -298,6 +298,6 @@ def _stock_pipeline_class(directory: Path, denoiser: ModelMixin) -> type[Diffusi
     stock = getattr(diffusers, name, None)
     if not (isinstance(stock, type) and issubclass(stock, DiffusionPipeline)):
         raise ValueError(f"{index} names the pipeline class {name!r}, which diffusers does not have")
-    if stock in (DDPMPipeline, DDIMPipeline) and denoiser.config.num_class_embeds is not None:
+    if stock in (DDPMPipeline, DDIMPipeline) and class_count(denoiser) is not None:
         return ClassConditionalDDPMPipeline
     return stock

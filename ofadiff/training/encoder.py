@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from ofadiff.training.losses import Batch
@@ -35,6 +35,18 @@ CAPTION_ENCODERS: dict[type[DiffusionPipeline], Callable[[Any, Sequence[str]], d
     StableDiffusionPipeline: _stable_diffusion,
     StableDiffusionXLPipeline: _stable_diffusion_xl,
 }
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixel_values: Tensor) -> dict[str, Tensor]:
+    """The distribution of the latents of images, `(N, 3, H, W)` in [-1, 1], as the denoiser takes them.
+
+    Returns:
+        `latent_mean` and `latent_std`, `(N, C, H/8, W/8)`, float32.
+    """
+    distribution = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
+    scale = vae.config.scaling_factor
+    return {"latent_mean": distribution.mean.float() * scale, "latent_std": distribution.std.float() * scale}
 
 
 class TextToImageEncoder:
@@ -72,13 +84,9 @@ class TextToImageEncoder:
         rest = {name: value for name, value in batch.items() if name not in ("pixel_values", "captions")}
         return {**rest, **self.encode_images(batch["pixel_values"]), **self.encode_captions(batch["captions"])}
 
-    @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """`latent_mean` and `latent_std`, `(N, C, H/8, W/8)`, float32, scaled as the denoiser takes them."""
-        vae = self.pipeline.vae
-        distribution = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
-        scale = vae.config.scaling_factor
-        return {"latent_mean": distribution.mean.float() * scale, "latent_std": distribution.std.float() * scale}
+        """`latent_mean` and `latent_std`, see the function of this name."""
+        return encode_images(self.pipeline.vae, pixel_values)
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:

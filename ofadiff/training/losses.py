@@ -101,6 +101,12 @@ def draw_normal(seeds: Tensor, shape: tuple[int, ...], purpose: str) -> Tensor:
     return torch.stack(values)
 
 
+def draw_latents(encoded: Batch, seeds: Tensor) -> Tensor:
+    """A draw, `(N, C, H, W)`, from the distribution that `latent_mean` and `latent_std` describe."""
+    mean, std = encoded["latent_mean"], encoded["latent_std"]
+    return mean + std * draw_normal(seeds, tuple(mean.shape[1:]), "latent").to(mean)
+
+
 def noisy_inputs(
     x0: Tensor,
     seeds: Tensor,
@@ -108,6 +114,7 @@ def noisy_inputs(
     conditions: dict[str, Any],
     snr_gamma: float | None = None,
     noise_offset: float = 0.0,
+    sample_name: str = "sample",
 ) -> DenoiserInputs:
     """A noisy sample for the denoiser, and what it should predict.
 
@@ -119,6 +126,7 @@ def noisy_inputs(
         snr_gamma: γ of `min_snr_weight`; None weights all timesteps alike.
         noise_offset: Size of a random shift of each channel's noise, which lets a model learn very dark and very bright
             images.
+        sample_name: What the denoiser's forward calls the noisy sample.
 
     Raises:
         ValueError: If the scheduler's prediction type is not one of `TARGETS`.
@@ -131,7 +139,7 @@ def noisy_inputs(
         noise = noise + noise_offset * draw_normal(seeds, (x0.shape[1], 1, 1), "noise offset")
     noise, timesteps = noise.to(x0), timesteps.to(x0.device)
 
-    arguments = {"sample": noise_scheduler.add_noise(x0, noise, timesteps), "timestep": timesteps, **conditions}
+    arguments = {sample_name: noise_scheduler.add_noise(x0, noise, timesteps), "timestep": timesteps, **conditions}
     target = TARGETS[prediction_type](noise_scheduler, x0, noise, timesteps)
     if snr_gamma is None:
         weight = torch.ones(len(x0), device=x0.device)
@@ -171,8 +179,8 @@ def prepare_latents(
         noise_offset: As in `noisy_inputs`.
     """
     encoded = batch if encode is None else encode(batch)
-    mean, std, seeds = encoded["latent_mean"], encoded["latent_std"], encoded["seeds"]
-    x0 = mean + std * draw_normal(seeds, tuple(mean.shape[1:]), "latent").to(mean)
+    seeds = encoded["seeds"]
+    x0 = draw_latents(encoded, seeds)
     conditions = {"encoder_hidden_states": encoded["encoder_hidden_states"]}
     if "text_embeds" in encoded:
         conditions["added_cond_kwargs"] = {name: encoded[name] for name in ("text_embeds", "time_ids")}
@@ -196,7 +204,12 @@ def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
 
 
+def prediction_loss(prediction: Tensor, inputs: DenoiserInputs) -> Tensor:
+    """Each sample's loss L_n, `(N,)`. Channels beyond the target's, a learned variance, do not count."""
+    return inputs.weight * mean_squared_error(prediction[:, : inputs.target.shape[1]], inputs.target)
+
+
 def denoising_loss(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
     """Each sample's loss L_n, `(N,)`. With `prepare` bound it is the `loss_fn` of `score_channels`."""
     inputs = prepare(batch)
-    return inputs.weight * mean_squared_error(predict(model, inputs), inputs.target)
+    return prediction_loss(predict(model, inputs), inputs)

@@ -22,7 +22,7 @@ from ofadiff.supernet import Supernet
 from ofadiff.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from ofadiff.training.data import Samples, fixed_batches, load_batches, step_batches
 from ofadiff.training.distill import block_outputs, distillation_loss
-from ofadiff.training.losses import Batch, Prepare, denoising_loss, mean_squared_error, predict
+from ofadiff.training.losses import Batch, Prepare, denoising_loss, predict, prediction_loss
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.stream import START, TextToImageStream, load_stream
 
@@ -185,7 +185,7 @@ def train(
             with accelerator.accumulate(model):
                 with block_outputs(supernet.model, watched) as features:
                     prediction = predict(model, inputs)
-                loss = inputs.weight * mean_squared_error(prediction, inputs.target)
+                loss = prediction_loss(prediction, inputs)
                 if teacher is not None:
                     weights = distill_weight, feature_distill_weight
                     with accelerator.autocast():
