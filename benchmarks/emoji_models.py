@@ -61,7 +61,7 @@ def make_tokenizer(folder: Path, captions: Sequence[str]) -> CLIPTokenizer:
 def train_clip(
     images: Tensor, captions: Sequence[str], tokenizer: CLIPTokenizer, recipe: Recipe, device: str
 ) -> CLIPModel:
-    """A CLIP of the images, `(N, 3, H, W)` in [-1, 1], and their captions; contrastive, on shifted and scaled images."""
+    """A CLIP of the images, `(N, 3, H, W)` in [-1, 1], and their captions; contrastive, on shifted, scaled ones."""
     (width,), resolution = recipe.channels, images.shape[-1]
     tower = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 4, "num_attention_heads": 4}
     text = CLIPTextConfig(
