@@ -87,6 +87,8 @@ def compress(args: argparse.Namespace) -> TrainingResult:
 def set_up(args: argparse.Namespace) -> Setup:
     """Everything before training. Raises ValueError if something the user gave cannot work."""
     # What can be wrong is found out first.
+    if not 0 <= args.class_dropout_prob <= 1:
+        raise ValueError(f"--class_dropout_prob is {args.class_dropout_prob}; it must lie in [0, 1]")
     accelerator = begin(args)
     plan = load_pipeline(args)
     transformer, vae = plan.transformer, plan.vae

@@ -33,7 +33,7 @@ from ofadiff.allocation import BUDGETS
 from ofadiff.channels import ChannelGroup
 from ofadiff.importance import CRITERIA
 from ofadiff.reweight import STRATEGIES
-from ofadiff.sizes import SizeTable
+from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint, list_checkpoints
 from ofadiff.training.data import Samples, fixed_batches
 from ofadiff.training.losses import TARGETS, Prepare, denoising_loss
@@ -126,7 +126,7 @@ def check_pipeline_folder(name: str, expected: str) -> None:
         alone = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
         found = f"it is the folder of a single {alone}" if alone else "it has no model_index.json"
         raise ValueError(f"{name} is not {expected}; {found}")
-    if (folder / "unet" / "ofa_config.json").is_file():
+    if any(folder.glob(f"*/{CONFIG_NAME}")):
         raise ValueError(f"{name} is compressed already; expected the original model")
 
 
