@@ -131,12 +131,17 @@ class SizeAdapter:
             weight.copy_(update.add_to(weight))
 
 
+def adapter_folder(directory: str | Path, size: float) -> Path:
+    """Where a denoiser's folder holds the adapter of a size, if it has one."""
+    return Path(directory) / ADAPTERS_NAME / str(float(size))
+
+
 def save_size_adapter(adapter: SizeAdapter, directory: str | Path, size: float) -> None:
     """Puts a size's adapter into a denoiser's folder, in place of the one that the size had; nothing else changes.
 
     The adapter is made under a hidden name and then renamed, so a kill leaves whole adapters only.
     """
-    folder = Path(directory) / ADAPTERS_NAME / str(float(size))
+    folder = adapter_folder(directory, size)
     unfinished, replaced = folder.with_name(f".{folder.name}"), folder.with_name(f".{folder.name}-replaced")
     for leftover in (unfinished, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -161,7 +166,7 @@ def load_size_adapter(directory: str | Path, size: float) -> SizeAdapter | None:
         FileNotFoundError: If one of its files is missing.
         ValueError: If it is no plain LoRA.
     """
-    folder = Path(directory) / ADAPTERS_NAME / str(float(size))
+    folder = adapter_folder(directory, size)
     return SizeAdapter.from_pretrained(folder) if folder.is_dir() else None
 
 

@@ -83,6 +83,14 @@ class SizeTable(Sequence[Subnet]):
         listed = ", ".join(f"{known:g}" for known in self.sizes)
         raise ValueError(f"size is {size!r}; it must be one of {listed}, 'smallest' or 'largest'")
 
+    def only(self, size: float | str) -> SizeTable:
+        """A table of one of the sizes.
+
+        Raises:
+            ValueError: If there is no such size; lists those there are.
+        """
+        return SizeTable([self.find(size)], self.budget, self.min_keep, self.full_params, self.full_macs)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SizeTable) and self.to_dict() == other.to_dict()
 

@@ -20,12 +20,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from compression_run import (
+    AddTo,
+    MakeStudent,
     Setup,
     begin,
     cannot_load,
+    check_not_compressed,
     check_pipeline_folder,
     check_sizes,
-    common_parser,
+    compression_parser,
     count,
     finish,
     joint_run,
@@ -63,19 +66,26 @@ def set_up(args: argparse.Namespace) -> Setup:
     """Everything before training. Raises ValueError if something the user gave cannot work."""
     # What can be wrong is found out first.
     accelerator = begin(args)
+    check_not_compressed(args.pretrained_model_name_or_path)
     pipeline = load_pipeline(args.pretrained_model_name_or_path, args.cache_dir)
+    check_sizes(args, pipeline.unet)
+    return build(args, accelerator, pipeline, make_supernet)
+
+
+def build(
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: DiffusionPipeline, make_student: MakeStudent
+) -> Setup:
+    """Data, teacher and student. Raises ValueError if something the user gave cannot work."""
     unet = pipeline.unet
     noise_scheduler = make_noise_scheduler(type(pipeline.scheduler).__name__, pipeline.scheduler.config)
-    check_sizes(args, unet)
     classes = None if unet.class_embedding is None else unet.config.num_class_embeds or math.inf
     shape = choose_resolution(args, unet), unet.config.in_channels
     train_data, validation_data = load_data(args, accelerator, *shape, classes)
     accelerator.wait_for_everyone()
 
-    # The supernet: rotate, rank, give every size its widths.
     prepare = functools.partial(prepare_pixels, noise_scheduler=noise_scheduler)
     teacher = copy.deepcopy(unet)
-    supernet, checkpoint = make_supernet(args, unet, train_data, prepare, accelerator)
+    supernet, checkpoint = make_student(args, unet, train_data, prepare, accelerator)
     sample = functools.partial(sample_images, args, supernet.model, noise_scheduler)
     return Setup(accelerator, pipeline, prepare, train_data, validation_data, teacher, supernet, checkpoint, sample)
 
@@ -181,20 +191,25 @@ def sample_images(
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; names as in diffusers' training examples where these have one."""
-    parser, add_to = common_parser("Compress a pixel diffusion model to several sizes in one joint training run.")
+    parser, add_to = compression_parser("Compress a pixel diffusion model to several sizes in one joint training run.")
     add_to["data"]("--train_data_dir", help="folder of images; for class-conditional models with a subfolder per class")
+    add_to["data"]("--resolution", type=count(1), help="side of the images in pixels; the model's own by default")
+    add_flags(add_to)
+    parser.set_defaults(tracker_project_name="ofadiff-ddpm")
+    return parser
+
+
+def add_flags(add_to: AddTo) -> None:
+    """What only pixel models have."""
     add_to["data"](
         "--label_column",
         default="label",
         help="column of integer classes in the data set, for class-conditional models",
     )
-    add_to["data"]("--resolution", type=count(1), help="side of the images in pixels; the model's own by default")
     add_to["watching"](
         "--num_validation_images", type=count(0), default=8, help="images drawn per size at each validation"
     )
     add_to["watching"]("--ddpm_num_inference_steps", type=count(1), default=50, help="denoising steps of these images")
-    parser.set_defaults(tracker_project_name="ofadiff-ddpm")
-    return parser
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from compression_run import (
     Setup,
     begin,
     cannot_load,
+    check_not_compressed,
     check_pipeline_folder,
     check_sizes,
-    common_parser,
+    compression_parser,
     count,
     finish,
     joint_run,
@@ -90,6 +91,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     if not 0 <= args.class_dropout_prob <= 1:
         raise ValueError(f"--class_dropout_prob is {args.class_dropout_prob}; it must lie in [0, 1]")
     accelerator = begin(args)
+    check_not_compressed(args.pretrained_model_name_or_path)
     plan = load_pipeline(args)
     transformer, vae = plan.transformer, plan.vae
     check_sizes(args, transformer)
@@ -178,7 +180,7 @@ def sample_images(
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; names as in diffusers' training examples where these have one."""
-    parser, add_to = common_parser(
+    parser, add_to = compression_parser(
         "Compress a class-conditional transformer to several sizes in one joint training run."
     )
     add = add_to["data"]

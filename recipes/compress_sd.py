@@ -22,12 +22,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from compression_run import (
     PRECISIONS,
+    AddTo,
+    MakeStudent,
     Setup,
     begin,
     cannot_load,
+    check_not_compressed,
     check_pipeline_folder,
     check_sizes,
-    common_parser,
+    compression_parser,
     count,
     finish,
     joint_run,
@@ -57,6 +60,7 @@ class Plan:
     folder: Path
     pipeline_class: type[DiffusionPipeline]
     noise_scheduler: DDPMScheduler
+    unet: UNet2DConditionModel  # on the meta device
 
 
 def compress(args: argparse.Namespace) -> TrainingResult:
@@ -72,7 +76,14 @@ def set_up(args: argparse.Namespace) -> Setup:
     """Everything before training. Raises ValueError if something the user gave cannot work."""
     # What can be wrong is found out before any model is loaded.
     accelerator = begin(args)
+    check_not_compressed(args.pretrained_model_name_or_path)
     plan = read_pipeline(args)
+    check_sizes(args, plan.unet)
+    return build(args, accelerator, plan, make_supernet)
+
+
+def build(args: argparse.Namespace, accelerator: Accelerator, plan: Plan, make_student: MakeStudent) -> Setup:
+    """Data, frozen parts and student. Raises ValueError if something the user gave cannot work."""
     train_data, validation_data = load_data(args, accelerator)
     precision = PRECISIONS[accelerator.mixed_precision]
     cache = make_latent_cache(args, train_data, precision)
@@ -93,7 +104,6 @@ def set_up(args: argparse.Namespace) -> Setup:
         train_data = LatentData(train_data, cache)
         validation_data = None if validation_data is None else LatentData(validation_data, cache)
 
-    # The supernet: rotate, rank, give every size its widths.
     prepare = functools.partial(
         prepare_latents,
         noise_scheduler=plan.noise_scheduler,
@@ -101,7 +111,7 @@ def set_up(args: argparse.Namespace) -> Setup:
         snr_gamma=args.snr_gamma,
         noise_offset=args.noise_offset,
     )
-    supernet, checkpoint = make_supernet(args, pipeline.unet, train_data, prepare, accelerator)
+    supernet, checkpoint = make_student(args, pipeline.unet, train_data, prepare, accelerator)
     pipeline.register_modules(unet=supernet.model)
     sample = functools.partial(sample_images, args, encode, accelerator)
     return Setup(accelerator, pipeline, prepare, train_data, validation_data, teacher, supernet, checkpoint, sample)
@@ -148,8 +158,8 @@ def read_pipeline(args: argparse.Namespace) -> Plan:
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if args.resolution % factor:
         raise ValueError(f"--resolution {args.resolution} is not a multiple of {factor}, as this model's VAE needs")
-    check_sizes(args, unet)
-    return Plan(folder, PIPELINES[index["_class_name"]], make_noise_scheduler(scheduler["_class_name"], scheduler))
+    noise_scheduler = make_noise_scheduler(scheduler["_class_name"], scheduler)
+    return Plan(folder, PIPELINES[index["_class_name"]], noise_scheduler, unet)
 
 
 def pipeline_folder(args: argparse.Namespace) -> Path:
@@ -273,12 +283,27 @@ def sample_images(
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; names as in diffusers' training examples where these have one."""
-    parser, add_to = common_parser("Compress Stable Diffusion to several sizes in one joint training run.")
+    parser, add_to = compression_parser("Compress Stable Diffusion to several sizes in one joint training run.")
     add = add_to["data"]
     add(
         "--train_data_dir",
         help="folder of images with a metadata.jsonl (file_name, text), of parquet files, or of .tar shards",
     )
+    add("--resolution", type=count(1), default=512, help="side of the images in pixels")
+    add_flags(add_to)
+    parser.set_defaults(
+        tracker_project_name="ofadiff-sd",
+        validation_fraction=0.02,
+        max_train_steps=50_000,
+        learning_rate=5e-5,
+        lr_warmup_steps=500,
+    )
+    return parser
+
+
+def add_flags(add_to: AddTo) -> None:
+    """What only text-to-image models have."""
+    add = add_to["data"]
     add(
         "--dataset_data_files",
         nargs="+",
@@ -295,7 +320,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--shuffle_buffer_size", type=count(1), default=1000, help="images of a stream that are shuffled, in memory")
     add("--revision", help="of the original model on the hub")
     add("--variant", help="of the original model's weight files, such as fp16")
-    add("--resolution", type=count(1), default=512, help="side of the images in pixels")
     add("--center_crop", action="store_true", help="crop the middle of each image; by default a random square")
     add("--cache_dir_latents", help="encode images and captions once and keep them in this folder")
     add = add_to["training"]
@@ -306,14 +330,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--validation_prompts", nargs="+", help="prompts drawn at every size at each validation; none by default")
     add("--validation_inference_steps", type=count(1), default=25, help="denoising steps of these images")
     add("--guidance_scale", type=float, default=7.5, help="of these images")
-    parser.set_defaults(
-        tracker_project_name="ofadiff-sd",
-        validation_fraction=0.02,
-        max_train_steps=50_000,
-        learning_rate=5e-5,
-        lr_warmup_steps=500,
-    )
-    return parser
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint, list_checkpoints
 from ofadiff.training.data import Samples, fixed_batches
 from ofadiff.training.losses import TARGETS, Prepare, denoising_loss
+from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.stream import TextToImageStream
 from ofadiff.training.train import TrainingResult, run_values, train
 
@@ -56,9 +57,16 @@ class Setup:
     train_data: TrainData
     validation_data: Samples | None
     teacher: ModelMixin
-    supernet: Supernet
+    supernet: Supernet | SingleSize
     checkpoint: Path | None
     sample_images: SampleImages  # one image for each generator, at the supernet's size
+
+
+# (args, full-size denoiser, train_data, prepare, accelerator) -> what is trained, and the checkpoint to resume from.
+MakeStudent = Callable[..., tuple[Supernet | SingleSize, Path | None]]
+
+# For each group of flags what adds one to it.
+AddTo = dict[str, Callable[..., Any]]
 
 
 def run_recipe(
@@ -119,14 +127,18 @@ def check_hub(args: argparse.Namespace) -> None:
 
 
 def check_pipeline_folder(name: str, expected: str) -> None:
-    """Raises ValueError for a folder that is no diffusers pipeline, or is a compressed one; hub names pass."""
+    """Raises ValueError for a folder that is no diffusers pipeline; hub names pass."""
     folder = Path(name)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         config = folder / "config.json"
         alone = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
         found = f"it is the folder of a single {alone}" if alone else "it has no model_index.json"
         raise ValueError(f"{name} is not {expected}; {found}")
-    if any(folder.glob(f"*/{CONFIG_NAME}")):
+
+
+def check_not_compressed(name: str) -> None:
+    """Raises ValueError for the folder of an OFA checkpoint."""
+    if any(Path(name).glob(f"*/{CONFIG_NAME}")):
         raise ValueError(f"{name} is compressed already; expected the original model")
 
 
@@ -247,7 +259,7 @@ def provenance(args: argparse.Namespace) -> dict[str, object]:
     return {"teacher": args.pretrained_model_name_or_path, **{key: getattr(args, key) for key in keys}}
 
 
-def make_optimizer(args: argparse.Namespace, supernet: Supernet) -> torch.optim.Optimizer:
+def make_optimizer(args: argparse.Namespace, supernet: Supernet | SingleSize) -> torch.optim.Optimizer:
     """AdamW, with its moments in 8 bits if asked for."""
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
@@ -255,7 +267,7 @@ def make_optimizer(args: argparse.Namespace, supernet: Supernet) -> torch.optim.
 
         optimizer_class = bitsandbytes.optim.AdamW8bit
     return optimizer_class(
-        supernet.model.parameters(),
+        trained_weights(supernet.model).values(),
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -334,25 +346,31 @@ def finish(args: argparse.Namespace, setup: Setup, result: TrainingResult) -> Tr
     accelerator, supernet = setup.accelerator, setup.supernet
     if accelerator.is_main_process:
         (Path(args.output_dir) / "README.md").write_text(model_card(args, supernet, result), encoding="utf-8")
-        if args.push_to_hub:
-            name = create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
-            upload_folder(
-                repo_id=name, folder_path=args.output_dir, ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*"]
-            )
+        upload(args)
     accelerator.print(loss_table(result))
     accelerator.print(f"{args.output_dir} holds {len(supernet.sizes)} sizes: OFAPipeline.from_pretrained loads it")
     accelerator.end_training()
     return result
 
 
-def size_table(supernet: Supernet) -> str:
+def upload(args: argparse.Namespace) -> None:
+    """The output folder without checkpoints and logs, to the hub if asked for."""
+    if args.push_to_hub:
+        name = create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
+        logs = ["checkpoint-*", f"{args.logging_dir}/*"]
+        upload_folder(
+            repo_id=name, folder_path=args.output_dir, ignore_patterns=[*logs, *(f"*/{pattern}" for pattern in logs)]
+        )
+
+
+def size_table(supernet: Supernet | SingleSize) -> str:
     """The sizes, as asked for and as reached."""
     rows = [f"{'size':>6}  {'parameters':>20}  {'MACs':>20}"]
     rows += [f"{size:>6g}  {params:>20}  {macs:>20}" for size, (params, macs) in costs(supernet).items()]
     return "\n".join(rows)
 
 
-def costs(supernet: Supernet) -> dict[float, tuple[str, str]]:
+def costs(supernet: Supernet | SingleSize) -> dict[float, tuple[str, str]]:
     """Parameters and MACs of each size, in words."""
     full = supernet.subnets
     return {
@@ -484,8 +502,44 @@ def size(text: str) -> float:
     return value
 
 
-def common_parser(description: str) -> tuple[argparse.ArgumentParser, dict[str, Callable[..., Any]]]:
-    """The flags that every compress recipe has, named as in diffusers' training examples where these have one.
+def compression_parser(description: str) -> tuple[argparse.ArgumentParser, AddTo]:
+    """The flags that every compress recipe has; returns what `common_parser` does."""
+    parser, adders = common_parser(
+        description,
+        "pipeline of the original model: a folder or a hub name",
+        "pipeline folder to make; must be new or empty",
+    )
+    adders["data"](
+        "--overwrite_output_dir",
+        action="store_true",
+        help="replace the pipeline and the checkpoints of an earlier run in the output folder",
+    )
+    add = adders["compression"]
+    add("--sizes", type=size, nargs="+", default=[0.4, 0.6, 0.8, 1.0], help="fractions of the full model")
+    add("--budget", choices=BUDGETS, default="params", help="what a size is a fraction of")
+    add("--min_keep", type=float, default=0.25, help="smallest share of its channels that a layer keeps")
+    add("--criterion", choices=sorted(CRITERIA), default="taylor", help="how channels are ranked")
+    add("--importance_samples", type=count(1), default=1024, help="noisy images that the ranking looks at")
+    add("--importance_batch_size", type=count(1), help="of them per device and forward; --train_batch_size by default")
+    add(
+        "--rotate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="turn attention heads into the basis of their singular vectors before ranking",
+    )
+    add = adders["training"]
+    add("--reweight", choices=sorted(STRATEGIES), default="linear", help="how the size of each step is drawn")
+    add("--learning_rate", type=float, default=1e-4, help="of AdamW, after warm-up")
+    return parser, adders
+
+
+def common_parser(description: str, model: str, output: str) -> tuple[argparse.ArgumentParser, AddTo]:
+    """The flags that every training recipe has, named as in diffusers' training examples where these have one.
+
+    Args:
+        description: What the recipe does.
+        model: What `--pretrained_model_name_or_path` is.
+        output: What `--output_dir` is.
 
     Returns:
         The parser, and for each of its groups (`data`, `compression`, `training`, `watching`) what adds a flag to it.
@@ -501,7 +555,7 @@ def common_parser(description: str) -> tuple[argparse.ArgumentParser, dict[str, 
     }
 
     add = adders["data"]
-    add("--pretrained_model_name_or_path", required=True, help="pipeline of the original model: a folder or a hub name")
+    add("--pretrained_model_name_or_path", required=True, help=model)
     add("--dataset_name", help="a `datasets` data set: a hub name, or a folder made by save_to_disk")
     add("--dataset_config_name", help="configuration of the data set")
     add("--dataset_split", default="train", help="split of the data set")
@@ -510,29 +564,9 @@ def common_parser(description: str) -> tuple[argparse.ArgumentParser, dict[str, 
     add("--random_flip", action="store_true", help="mirror half of the training images")
     add("--validation_fraction", type=float, default=0.1, help="share of the images held out for validation")
     add("--dataloader_num_workers", type=count(0), default=0, help="processes that load images")
-    add("--output_dir", required=True, help="pipeline folder to make; must be new or empty")
-    add(
-        "--overwrite_output_dir",
-        action="store_true",
-        help="replace the pipeline and the checkpoints of an earlier run in the output folder",
-    )
-
-    add = adders["compression"]
-    add("--sizes", type=size, nargs="+", default=[0.4, 0.6, 0.8, 1.0], help="fractions of the full model")
-    add("--budget", choices=BUDGETS, default="params", help="what a size is a fraction of")
-    add("--min_keep", type=float, default=0.25, help="smallest share of its channels that a layer keeps")
-    add("--criterion", choices=sorted(CRITERIA), default="taylor", help="how channels are ranked")
-    add("--importance_samples", type=count(1), default=1024, help="noisy images that the ranking looks at")
-    add("--importance_batch_size", type=count(1), help="of them per device and forward; --train_batch_size by default")
-    add(
-        "--rotate",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="turn attention heads into the basis of their singular vectors before ranking",
-    )
+    add("--output_dir", required=True, help=output)
 
     add = adders["training"]
-    add("--reweight", choices=sorted(STRATEGIES), default="linear", help="how the size of each step is drawn")
     add("--distill_weight", type=float, default=1.0, help="weight of the distance to the teacher's prediction")
     add("--feature_distill_weight", type=float, default=0.0, help="weight of the distance to its block outputs")
     add("--max_train_steps", type=count(0), default=10_000, help="optimizer steps; 0 only cuts")
@@ -541,7 +575,6 @@ def common_parser(description: str) -> tuple[argparse.ArgumentParser, dict[str, 
     add("--gradient_checkpointing", action="store_true", help="save memory: compute activations twice")
     add("--mixed_precision", choices=tuple(PRECISIONS), help="of forwards; accelerate's configuration by default")
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere GPUs and later")
-    add("--learning_rate", type=float, default=1e-4, help="of AdamW, after warm-up")
     add("--lr_scheduler", choices=("cosine", "constant_with_warmup"), default="cosine", help="learning rate over time")
     add("--lr_warmup_steps", type=count(0), default=100, help="steps over which the learning rate rises")
     add("--use_8bit_adam", action="store_true", help="keep AdamW's moments in 8 bits; needs bitsandbytes")

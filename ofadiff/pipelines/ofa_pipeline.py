@@ -80,7 +80,7 @@ class OFAPipeline:
                 raise ValueError(
                     f"{argument} is not supported for an OFA checkpoint; extract a size and load that with it"
                 )
-        directory = _local_folder(pretrained_model_name_or_path, kwargs)
+        directory = local_folder(pretrained_model_name_or_path, kwargs)
         name = find_denoiser(directory)
         _check_denoiser_not_passed(name, kwargs)
         subnets = SizeTable.from_dict(read_ofa_config(directory / name))
@@ -96,7 +96,7 @@ class OFAPipeline:
         else:
             subnet = subnets.find(size)
             supernet = None
-            subnets = SizeTable([subnet], subnets.budget, subnets.min_keep, subnets.full_params, subnets.full_macs)
+            subnets = subnets.only(size)
             stock = denoiser_class(directory / name)
             denoiser = load_extracted(directory / name, stock, subnet, torch_dtype=dtype, variant=variant)
         pipeline_class = ofa_pipeline_class(_stock_pipeline_class(directory, denoiser))  # type: ignore[arg-type]
@@ -277,7 +277,12 @@ def _check_denoiser_not_passed(name: str, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"{name} cannot be passed: the checkpoint's own {name} is what has the sizes")
 
 
-def _local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
+def local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
+    """An OFA checkpoint's folder; that of a hub repository is downloaded, as `from_pretrained`'s arguments say.
+
+    Raises:
+        ValueError: If it is neither a folder nor the name of a repository.
+    """
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name_or_path)):

@@ -6,7 +6,6 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig, inject_adapter_in_model
 from training.tiny_run import make_supernet, make_teacher
 
-from ofadiff.sizes import SizeTable
 from ofadiff.training.losses import prepare_pixels
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.train import train
@@ -15,14 +14,12 @@ from ofadiff.training.train import train
 def make_single_size(rank=2, **description):
     """Half of the tiny supernet with a LoRA, or without a rank the whole subnet."""
     supernet = make_supernet()
-    subnet = supernet.subnets.find(0.5)
-    table = SizeTable([subnet], "params", 0.25, supernet.subnets.full_params, supernet.subnets.full_macs)
     model = supernet.extract(0.5)
     if rank:
         torch.manual_seed(0)
         model.requires_grad_(False)
         inject_adapter_in_model(LoraConfig(r=rank, target_modules=["conv1", "conv2", "to_q", "to_out.0"]), model)
-    return SingleSize(model, table, supernet.groups, {"size": 0.5, "rank": rank, **description})
+    return SingleSize(model, supernet.subnets.only(0.5), supernet.groups, {"size": 0.5, "rank": rank, **description})
 
 
 @pytest.fixture
