@@ -61,7 +61,7 @@ class Setting:
 SETTINGS = {
     "cpu": Setting(
         resolution=32,
-        clip=Recipe((96,), 300, 256, 1e-3),
+        clip=Recipe((96,), 600, 128, 2e-3),
         vae=Recipe((16, 32, 64), 1500, 32, 2e-3),
         unet=Recipe((64, 128), 3000, 32, 2e-3),
         joint=Recipe((), 1000, 32, 1e-3),
