@@ -2,21 +2,32 @@
 
     python recipes/demo.py --output_dir demo
 
-trains a small class-conditional diffusion model, compresses it to six sizes in one joint run, samples every size from
-the same seeds, and measures each against digits that no training saw.
+trains a small class-conditional diffusion model (a UNet, or with `--denoiser dit` a transformer), compresses it to six
+sizes in one joint run, samples every size from the same seeds, and measures each against digits that no training saw.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import compress_ddpm
+import compress_dit
 import extract
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    ModelMixin,
+    UNet2DModel,
+)
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -28,8 +39,9 @@ from ofadiff import OFAPipeline, evaluate
 from ofadiff.evaluation import VALIDATION_LOSS, Report, register_extractor
 from ofadiff.evaluation.report import TEACHER
 from ofadiff.pipelines import ClassConditionalDDPMPipeline
+from ofadiff.training.class_labels import keep_labels, prepare_class_labels
 from ofadiff.training.data import ImageData, hold_out, image_folder, load_batches, step_batches
-from ofadiff.training.losses import denoising_loss, prepare_pixels
+from ofadiff.training.losses import Prepare, denoising_loss, prepare_pixels
 from ofadiff.training.train import TrainingResult
 
 RESOLUTION = 16
@@ -41,6 +53,60 @@ INFERENCE_STEPS = 15
 EXTRACTED = (0.5, 0.7)
 EXTRACTOR = "digits classifier"
 UNTRAINED = "not trained jointly"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of denoiser.
+
+    Attributes:
+        make: Makes one, untrained.
+        prepare: Its inputs, with a scheduler to be bound.
+        recipe: What compresses it.
+        learning_rate: Of its training from scratch, at its peak.
+    """
+
+    make: Callable[[], ModelMixin]
+    prepare: Callable[..., Prepare]
+    recipe: ModuleType
+    learning_rate: float
+
+
+def make_unet() -> UNet2DModel:
+    """A small UNet of grey pixels."""
+    return UNet2DModel(
+        sample_size=RESOLUTION,
+        in_channels=1,
+        out_channels=1,
+        num_class_embeds=CLASSES,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=16,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def make_dit() -> DiTTransformer2DModel:
+    """A small DiT of grey pixels."""
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=1,
+        num_layers=4,
+        sample_size=RESOLUTION,
+        patch_size=2,
+        num_embeds_ada_norm=CLASSES,
+    )
+    keep_labels(transformer)
+    return transformer
+
+
+KINDS = {
+    "unet": Kind(make_unet, prepare_pixels, compress_ddpm, 2e-3),
+    "dit": Kind(make_dit, functools.partial(prepare_class_labels, null_class=CLASSES), compress_dit, 1e-3),
+}
 
 
 def demo(args: argparse.Namespace) -> Report:
@@ -62,13 +128,15 @@ def demo(args: argparse.Namespace) -> Report:
     reference = as_uint8(ImageData(images, RESOLUTION, channels=1, indices=held_out))
     register_extractor(EXTRACTOR, train_classifier(train_data, args.seed))
 
-    print("2/5  Teacher: a class-conditional UNet2DModel, trained from scratch", flush=True)
+    kind = KINDS[args.denoiser]
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    teacher = train_teacher(train_data, scheduler, args.teacher_steps, args.seed)
+    teacher = kind.make()
+    print(f"2/5  Teacher: a class-conditional {type(teacher).__name__}, trained from scratch", flush=True)
+    train_teacher(teacher, kind, train_data, scheduler, args.teacher_steps, args.seed)
     DDPMPipeline(teacher, scheduler).save_pretrained(folder / "teacher")
 
     print("3/5  Compression: six sizes in one joint run", flush=True)
-    compression = compress_ddpm.make_parser().parse_args(
+    compression = kind.recipe.make_parser().parse_args(
         [
             *("--pretrained_model_name_or_path", str(folder / "teacher")),
             *("--train_data_dir", str(folder / "digits")),
@@ -82,15 +150,15 @@ def demo(args: argparse.Namespace) -> Report:
             *("--ema_decay", "0.995"),
             *("--validation_steps", str(args.joint_steps)),
             *("--checkpointing_steps", str(args.joint_steps)),
-            *("--ddpm_num_inference_steps", str(INFERENCE_STEPS)),
+            *("--num_validation_images", "0"),
             *("--seed", str(args.seed)),
         ]
     )
-    setup = compress_ddpm.set_up(compression)
+    setup = kind.recipe.set_up(compression)
     # The same subnets as they are before joint training, to compare with.
     DDPMPipeline(setup.supernet.model, scheduler).save_pretrained(folder / "untrained")
     setup.supernet.save_pretrained(folder / "untrained" / "unet")
-    result = compress_ddpm.train_and_save(compression, setup)
+    result = kind.recipe.train_and_save(compression, setup)
 
     print("4/5  Evaluation: every size from the same seeds", flush=True)
     report = measure(folder, reference, result, args)
@@ -106,8 +174,8 @@ def demo(args: argparse.Namespace) -> Report:
 def measure(folder: Path, reference: torch.Tensor, result: TrainingResult, args: argparse.Namespace) -> Report:
     """The report on every size, beside the teacher and the same subnets without joint training."""
     pipelines = {name: OFAPipeline.from_pretrained(folder / name) for name in ("ofa", "untrained")}
-    unet = UNet2DModel.from_pretrained(folder / "teacher" / "unet")
-    teacher = ClassConditionalDDPMPipeline(unet, pipelines["ofa"].scheduler)
+    denoiser = type(pipelines["ofa"].unet).from_pretrained(folder / "teacher" / "unet")
+    teacher = ClassConditionalDDPMPipeline(denoiser, pipelines["ofa"].scheduler)
     for pipeline in (*pipelines.values(), teacher):
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     protocol = {
@@ -123,7 +191,7 @@ def measure(folder: Path, reference: torch.Tensor, result: TrainingResult, args:
         pipelines["ofa"],
         teacher=teacher,
         title="Handwritten digits: one model, six sizes",
-        command=f"python recipes/demo.py --output_dir {args.output_dir}",
+        command=f"python recipes/demo.py --denoiser {args.denoiser} --output_dir {args.output_dir}",
         **protocol,
     )
     untrained = evaluate(pipelines["untrained"], metrics=("fid", "kid"), **protocol)
@@ -181,33 +249,23 @@ def train_classifier(data: ImageData, seed: int, epochs: int = 10) -> DigitFeatu
     return classifier
 
 
-def train_teacher(data: ImageData, scheduler: DDPMScheduler, steps: int, seed: int) -> UNet2DModel:
-    """A small denoiser, trained from scratch on the denoising loss; its averaged weights."""
-    unet = UNet2DModel(
-        sample_size=RESOLUTION,
-        in_channels=1,
-        out_channels=1,
-        num_class_embeds=CLASSES,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=16,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, weight_decay=0.0)
+def train_teacher(
+    teacher: ModelMixin, kind: Kind, data: ImageData, scheduler: DDPMScheduler, steps: int, seed: int
+) -> None:
+    """Trains a denoiser from scratch, in place, on the denoising loss; it ends with its averaged weights."""
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=kind.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=steps)
-    ema = EMAModel(unet.parameters(), decay=0.995, use_ema_warmup=True, power=3 / 4)
-    prepare = functools.partial(prepare_pixels, noise_scheduler=scheduler)
+    ema = EMAModel(teacher.parameters(), decay=0.995, use_ema_warmup=True, power=3 / 4)
+    prepare = functools.partial(kind.prepare, noise_scheduler=scheduler)
     for batch in tqdm(load_batches(data, list(step_batches(len(data), range(steps), 1, BATCH_SIZE, seed))), "Teacher"):
-        denoising_loss(unet, batch, prepare).mean().backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        denoising_loss(teacher, batch, prepare).mean().backward()
+        nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        ema.step(unet.parameters())
-    ema.copy_to(unet.parameters())
-    return unet.eval()
+        ema.step(teacher.parameters())
+    ema.copy_to(teacher.parameters())
+    teacher.eval()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -217,6 +275,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output_dir", default="demo", help="folder to make; must be new or empty")
+    add("--denoiser", choices=tuple(KINDS), default="unet", help="what kind of model is trained and compressed")
     add("--teacher_steps", type=int, default=1000, help="training steps of the original model")
     add("--joint_steps", type=int, default=800, help="training steps of the joint run")
     add("--num_samples", type=int, default=300, help="images sampled at every size")
