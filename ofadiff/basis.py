@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ofadiff.channels import Slice
+from ofadiff.channels import Slice, row_axis
 
 PERMUTATION = "permutation"
 
@@ -69,7 +69,7 @@ def change_module(module: nn.Module, part: Slice, change: torch.Tensor) -> None:
     """Applies a change of basis to a module's own parameters, in place: rows and bias, or columns."""
     for name, parameter in module.named_parameters(recurse=False):
         if part.axis == "out":
-            parameter.copy_(apply_change(parameter, 0, part, change))
+            parameter.copy_(apply_change(parameter, row_axis(parameter.shape), part, change))
         elif name == "weight":
             parameter.copy_(apply_change(parameter, 1, part, change))
 

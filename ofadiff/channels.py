@@ -22,8 +22,8 @@ class Slice:
 
     Attributes:
         module: Dotted name of the module in the denoiser.
-        axis: `"out"` for rows of a linear map, output channels of a convolution and channels of a norm (weight and
-            bias); `"in"` for columns or input channels (weight only).
+        axis: `"out"` for rows of a linear map, output channels of a convolution and channels of a norm;
+            `"in"` for columns or input channels (weight only).
         units: Units of the group.
         channels: Entries per unit in one repeat.
         repeats: How often the layout repeats.
@@ -79,7 +79,8 @@ class ChannelGroup:
     """Internal channels that exist together: every slice that one internal width cuts.
 
     Attributes:
-        name: Dotted name of the block whose width this is; unique in the denoiser.
+        name: Dotted name of the block whose width this is; unique in the denoiser. Where one block has two widths, the
+            second is named behind a colon.
         kind: `"convolution"`, `"self_attention"`, `"cross_attention"` or `"feed_forward"`.
         stage: The resolution block B of equation 5, such as `"down_blocks.0"`.
         slices: Writers (`"out"`), what is carried along (`"out"`) and readers (`"in"`).
@@ -94,6 +95,11 @@ class ChannelGroup:
     slices: tuple[Slice, ...]
     resize: Resize | None = None
     basis: dict[str, torch.Tensor] | None = None
+
+    @property
+    def block(self) -> str:
+        """Dotted name of the block."""
+        return self.name.partition(":")[0]
 
     @property
     def reader(self) -> Slice:
@@ -133,10 +139,15 @@ def active_part(tensor: torch.Tensor, parameter: str, kept: Kept) -> torch.Tenso
     """
     if not kept:
         return tensor
-    tensor = _cut(tensor, 0, [entry for entry in kept if entry[0].axis == "out"])
+    tensor = _cut(tensor, row_axis(tensor.shape), [entry for entry in kept if entry[0].axis == "out"])
     if parameter == "weight":
         tensor = _cut(tensor, 1, [entry for entry in kept if entry[0].axis == "in"])
     return tensor
+
+
+def row_axis(shape: Sequence[int]) -> int:
+    """The axis of a parameter that `"out"` slices cut: the first that is longer than one."""
+    return next((axis for axis, length in enumerate(shape) if length > 1), 0)
 
 
 def _cut(tensor: torch.Tensor, dim: int, kept: Kept) -> torch.Tensor:
@@ -165,12 +176,14 @@ def read_active_part(stored: Any, parameter: str, kept: Kept, dtype: torch.dtype
         kept: Slices of the module that are not at full width, each with the units kept.
         dtype: Of the result; queries are scaled in it, as in a model of that dtype.
     """
-    for dim, axis in enumerate(("out", "in")):
+    shape = stored.get_shape()
+    for axis in ("out", "in"):
         on_axis = [entry for entry in kept if entry[0].axis == axis]
-        if not on_axis or (dim == 1 and parameter != "weight"):
+        if not on_axis or (axis == "in" and parameter != "weight"):
             continue
+        dim = row_axis(shape) if axis == "out" else 1
         pieces = []
-        for part, start, length, units in _spans(stored.get_shape()[dim], on_axis):
+        for part, start, length, units in _spans(shape[dim], on_axis):
             if part is None:
                 pieces.append(_read(stored, dim, start, length).to(dtype))
                 continue
@@ -183,7 +196,8 @@ def read_active_part(stored: Any, parameter: str, kept: Kept, dtype: torch.dtype
 
 
 def _read(stored: Any, dim: int, start: int, length: int) -> torch.Tensor:
-    return stored[start : start + length] if dim == 0 else stored[:, start : start + length]
+    index = (slice(None),) * dim + (slice(start, start + length),)
+    return stored[index]
 
 
 def _scaled(rows: torch.Tensor, part: Slice, units: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ofadiff.channels import ChannelGroup
+from ofadiff.channels import ChannelGroup, row_axis
 
 TEXT_TOKENS = 77
 
@@ -83,19 +83,19 @@ def unit_costs(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Mapping
     unit_macs: dict[str, int] = {}
     for group in groups:
         # What the block computes outside its children: the two products of an attention.
-        own = _own_flops(flops, f"{root}.{group.name}")
+        own = _own_flops(flops, f"{root}.{group.block}") if group.kind.endswith("attention") else 0
         params, macs = 0, own // 2 // group.width
         for part in group.slices:
             if cut_axes.setdefault(part.module, part.axis) != part.axis:
                 raise ValueError(f"{part.module} is cut on both axes, so its cost is no sum over channel groups")
             module = model.get_submodule(part.module)
             for name, parameter in module.named_parameters(recurse=False):
-                if part.axis == "out":
-                    params += parameter[0].numel() * part.repeats * part.channels
-                elif name == "weight":
-                    params += parameter[:, 0].numel() * part.repeats * part.channels
-            length = module.weight.shape[0 if part.axis == "out" else 1]
-            macs += flops.get(f"{root}.{part.module}", 0) // 2 * part.repeats * part.channels // length
+                if part.axis == "out" or name == "weight":
+                    length = parameter.shape[row_axis(parameter.shape) if part.axis == "out" else 1]
+                    params += parameter.numel() // length * part.repeats * part.channels
+            if f"{root}.{part.module}" in flops:
+                length = module.weight.shape[0 if part.axis == "out" else 1]
+                macs += flops[f"{root}.{part.module}"] // 2 * part.repeats * part.channels // length
         unit_params[group.name], unit_macs[group.name] = params, macs
     return UnitCosts(count_parameters(model), counter.get_total_flops() // 2, unit_params, unit_macs)
 

@@ -77,4 +77,4 @@ def shrink_model(model: nn.Module, groups: Sequence[ChannelGroup], widths: dict[
 def _resize_blocks(model: nn.Module, groups: Sequence[ChannelGroup], widths: dict[str, int]) -> None:
     for group in groups:
         if group.resize is not None:
-            group.resize(model.get_submodule(group.name), group, widths[group.name])
+            group.resize(model.get_submodule(group.block), group, widths[group.name])

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.normalization import GlobalResponseNorm, RMSNorm
+from diffusers.models.unets import unet_stable_cascade
 from torch import nn
 
 from ofadiff.channels import Kept, active_part
@@ -59,6 +61,16 @@ class ElasticLinear(nn.Linear):
         return output
 
 
+class ElasticConv1d(nn.Conv1d):
+    """A one-dimensional convolution that can be cut as a two-dimensional one."""
+
+    kept: Kept = ()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight, bias = _active(self)
+        return self._conv_forward(input, weight, bias)
+
+
 class ElasticConv2d(nn.Conv2d):
     """A convolution whose output and input channels can be cut to the active units of their groups."""
 
@@ -73,6 +85,16 @@ class ElasticConv2d(nn.Conv2d):
         return output
 
 
+class ElasticConv3d(nn.Conv3d):
+    """A three-dimensional convolution that can be cut as a two-dimensional one."""
+
+    kept: Kept = ()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight, bias = _active(self)
+        return self._conv_forward(input, weight, bias)
+
+
 class ElasticGroupNorm(nn.GroupNorm):
     """A group norm that keeps whole normalisation groups, so a kept channel is normalised as in the full model."""
 
@@ -83,12 +105,89 @@ class ElasticGroupNorm(nn.GroupNorm):
         return F.group_norm(input, active_norm_groups(self.num_groups, self.kept), weight, bias, self.eps)
 
 
+class ElasticLayerNorm(nn.LayerNorm):
+    """A layer norm over the channels that are active; their mean and variance stand for those of all."""
+
+    kept: Kept = ()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight, bias = _active(self)
+        return F.layer_norm(input, input.shape[-1:], weight, bias, self.eps)
+
+
+class ElasticTorchRMSNorm(nn.RMSNorm):
+    """PyTorch's RMS norm over the channels that are active; their mean square stands for that of all."""
+
+    kept: Kept = ()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight = None if self.weight is None else active_part(self.weight, "weight", self.kept)
+        return F.rms_norm(input, input.shape[-1:], weight, self.eps)
+
+
+class ElasticRMSNorm(RMSNorm):
+    """diffusers' RMS norm over the channels that are active; their mean square stands for that of all."""
+
+    kept: Kept = ()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.kept:
+            return super().forward(hidden_states)
+        weight, bias = _active(self)
+        mean_square = hidden_states.float().square().mean(-1, keepdim=True)
+        normed = hidden_states * torch.rsqrt(mean_square + self.eps)
+        if weight is None:
+            return normed.to(hidden_states.dtype)
+        normed = (normed if weight.dtype == torch.float32 else normed.to(weight.dtype)) * weight
+        return normed if bias is None else normed + bias
+
+
+class ElasticGlobalResponseNorm(GlobalResponseNorm):
+    """A global response norm that compares a channel with those that are active."""
+
+    kept: Kept = ()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _global_response_norm(self, x)
+
+
+class ElasticCascadeGlobalResponseNorm(unet_stable_cascade.GlobalResponseNorm):
+    """Stable Cascade's copy of the global response norm."""
+
+    kept: Kept = ()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _global_response_norm(self, x)
+
+
 # A new kind of layer is one class and one line here.
 ELASTIC: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: ElasticLinear,
+    nn.Conv1d: ElasticConv1d,
     nn.Conv2d: ElasticConv2d,
+    nn.Conv3d: ElasticConv3d,
     nn.GroupNorm: ElasticGroupNorm,
+    nn.LayerNorm: ElasticLayerNorm,
+    nn.RMSNorm: ElasticTorchRMSNorm,
+    RMSNorm: ElasticRMSNorm,
+    GlobalResponseNorm: ElasticGlobalResponseNorm,
+    unet_stable_cascade.GlobalResponseNorm: ElasticCascadeGlobalResponseNorm,
 }
+
+# Norms whose statistics are those of all channels together: cut, they are those of the active ones.
+NORMS_OVER_CHANNELS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    RMSNorm,
+    GlobalResponseNorm,
+    unet_stable_cascade.GlobalResponseNorm,
+)
+
+
+def _global_response_norm(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    gamma, beta = (active_part(parameter, name, layer.kept) for name, parameter in layer.named_parameters())
+    energy = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
+    return gamma * (x * (energy / (energy.mean(dim=-1, keepdim=True) + 1e-6))) + beta + x
 
 
 def _active(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -135,9 +234,19 @@ def shrink(layer: nn.Module, name: str, kept: Kept) -> None:
         setattr(layer, parameter, nn.Parameter(part, requires_grad=full.requires_grad))
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
-    elif isinstance(layer, nn.Conv2d):
+    elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         layer.out_channels, layer.in_channels = layer.weight.shape[:2]
+        if layer.groups > 1:
+            layer.groups = layer.in_channels = layer.out_channels
     elif isinstance(layer, nn.GroupNorm):
         layer.num_groups = active_norm_groups(layer.num_groups, kept)
-        for part, units in kept:
-            layer.num_channels -= (part.units - units) * part.channels * part.repeats
+        layer.num_channels -= _dropped(kept)
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        layer.normalized_shape = (layer.normalized_shape[-1] - _dropped(kept),)
+    elif isinstance(layer, RMSNorm):
+        layer.dim = torch.Size((layer.dim[-1] - _dropped(kept),))
+
+
+def _dropped(kept: Kept) -> int:
+    """Channels that a norm loses."""
+    return sum((part.units - units) * part.channels * part.repeats for part, units in kept)

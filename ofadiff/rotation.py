@@ -49,7 +49,7 @@ def rotate_attention(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
         if not group.rotatable:
             continue
         group.basis = {}
-        setattr(model.get_submodule(group.name), ROTATED, True)
+        setattr(model.get_submodule(group.block), ROTATED, True)
         for name in dict.fromkeys(part.basis for part in group.slices):
             sides: tuple[list[Slice], list[Slice]] = ([], [])
             for part in group.slices:
@@ -64,7 +64,7 @@ def rotate_attention(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
 
 def check_not_rotated(model: nn.Module, group: ChannelGroup) -> None:
     """Raises ValueError if the model was rotated with other groups: this one does not know the basis then."""
-    if group.basis is None and ROTATED in vars(model.get_submodule(group.name)):
+    if group.basis is None and ROTATED in vars(model.get_submodule(group.block)):
         raise ValueError(
             f"{group.name} was rotated with other groups; go on with those that rotate_attention was given"
         )

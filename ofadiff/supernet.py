@@ -100,7 +100,7 @@ class Supernet:
         self.provenance = provenance
         self._size_adapters: dict[float, SizeAdapter] = {}
         self._look_up_layers()
-        self._blocks = [(model.get_submodule(group.name), group) for group in groups if group.resize is not None]
+        self._blocks = [(model.get_submodule(group.block), group) for group in groups if group.resize is not None]
         self._adapters: dict[str, list[tuple[nn.Module, str, Slice]]] = {}
         self.set_size("largest")
 

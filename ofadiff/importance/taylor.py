@@ -137,6 +137,10 @@ def _per_sample_units(part: Slice, products: torch.Tensor, samples: int) -> torc
     return part.per_unit(per_sample.abs().T).T
 
 
+def _channel_dim(layer: nn.Module) -> int:
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
 class _OutputHook:
     def __init__(self, products: dict[tuple[str, str], torch.Tensor], key: tuple[str, str]) -> None:
         self.products, self.key = products, key
@@ -144,10 +148,10 @@ class _OutputHook:
     def __call__(self, layer: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         # Nothing upstream may need a gradient (text keys and values, time embeddings): then the output is a leaf.
         output = output if output.requires_grad else output.detach().requires_grad_()
-        channel_dim = 1 if isinstance(layer, nn.Conv2d) else -1
+        channel_dim = _channel_dim(layer)
         bias = layer.bias
         if bias is not None and channel_dim == 1:
-            bias = bias.view(-1, 1, 1)
+            bias = bias.view(-1, *[1] * (output.ndim - 2))
         output.register_hook(_Product(self.products, self.key, output.detach(), channel_dim, bias))
         return output
 
@@ -159,7 +163,7 @@ class _InputHook:
     def __call__(self, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         # A private alias: its gradient comes through this layer alone, whoever else reads the same tensor.
         alias = args[0].view_as(args[0]) if args[0].requires_grad else args[0].detach().requires_grad_()
-        channel_dim = 1 if isinstance(layer, nn.Conv2d) else -1
+        channel_dim = _channel_dim(layer)
         alias.register_hook(_Product(self.products, self.key, alias.detach(), channel_dim))
         return (alias, *args[1:])
 

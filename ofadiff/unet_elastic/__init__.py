@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
 
-from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import nn
 
 from ofadiff.channels import ChannelGroup
-from ofadiff.unet_elastic.attention import attention_groups
-from ofadiff.unet_elastic.feed_forward import feed_forward_groups
-from ofadiff.unet_elastic.resnet import condition_norm_resnet_groups, resnet_groups
+from ofadiff.unet_elastic.finders import FINDERS
 from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
 from ofadiff.unet_elastic.verify import verify_groups
 
 __all__ = ["FINDERS", "UnsupportedBlockError", "elastic_parameters", "find_channel_groups", "verify_groups"]
-
-# A new kind of block is one file and one line here. Exact types only: a subclass may compute something else.
-FINDERS: dict[type[nn.Module], Callable[..., list[ChannelGroup]]] = {
-    ResnetBlock2D: resnet_groups,
-    ResnetBlockCondNorm2D: condition_norm_resnet_groups,
-    Attention: attention_groups,
-    FeedForward: feed_forward_groups,
-}
 
 _STAGE = re.compile(r"(?:down_blocks|up_blocks)\.\d+|mid_block")
 
@@ -56,17 +42,17 @@ def find_channel_groups(model: nn.Module) -> list[ChannelGroup]:
     groups: list[ChannelGroup] = []
     rigid: list[str] = []
     for name, module in model.named_modules():
-        finder = FINDERS.get(type(module))
+        finder = FINDERS.get(f"{type(module).__module__}.{type(module).__qualname__}")
         if finder is None:
             continue
         try:
             groups += finder(name, module, _stage_of(name))
         except UnsupportedBlockError as reason:
+            groups += reason.groups
             rigid.append(f"{name} stays rigid: {reason}")
     if not groups:
-        known = ", ".join(sorted(block.__name__ for block in FINDERS))
-        reasons = f" ({'; '.join(rigid)})" if rigid else ""
-        raise ValueError(f"{type(model).__name__} has no block that can be cut; known blocks are {known}{reasons}")
+        reasons = "; ".join(rigid) or "known blocks are listed in ofadiff.unet_elastic.FINDERS"
+        raise ValueError(f"{type(model).__name__} has no block that can be cut; {reasons}")
     if rigid:
         share = elastic_parameters(model, groups) / sum(parameter.numel() for parameter in model.parameters())
         warnings.warn(f"{share:.0%} of the parameters are elastic; {'; '.join(rigid)}", stacklevel=2)

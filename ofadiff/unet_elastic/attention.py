@@ -1,51 +1,96 @@
-"""Channel groups of `Attention`: queries, keys and values write, the output projection reads."""
+"""Channel groups of `Attention`: queries, keys and values write, the output projections read."""
 
 from __future__ import annotations
 
-from diffusers.models.attention_processor import (
-    Attention,
-    AttnProcessor,
-    AttnProcessor2_0,
-    SlicedAttnProcessor,
-    XFormersAttnProcessor,
-)
+from typing import Literal
+
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ofadiff.channels import ChannelGroup, Slice
+from ofadiff.unet_elastic.heads import OUTPUTS, attention_kind, head_group, layers_of
 from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
 
-# Processors that read the head dimension off the projections, so that any width runs.
-PROCESSORS = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+# Processors that take the head dimension as they find it, and have nothing between projections and products but q/k
+# norms, if there are any: the unit is one offset, the same in every head.
+OFFSETS = {
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "JointAttnProcessor2_0",
+    "SanaAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XFormersJointAttnProcessor",
+}
+# Processors with rotary embeddings, or whose attention is linear: the unit is a whole head.
+WHOLE_HEADS = {
+    "AllegroAttnProcessor2_0",
+    "AuraFlowAttnProcessor2_0",
+    "BriaAttnProcessor",
+    "CogVideoXAttnProcessor2_0",
+    "CogView4AttnProcessor",
+    "CosmosAttnProcessor2_0",
+    "CosmosAttnProcessor2_5",
+    "DreamLiteAttnProcessor2_0",
+    "EasyAnimateAttnProcessor2_0",
+    "GlmImageAttnProcessor",
+    "HiDreamAttnProcessor",
+    "HunyuanAttnProcessor2_0",
+    "HunyuanImageAttnProcessor",
+    "HunyuanVideo15AttnProcessor2_0",
+    "HunyuanVideoAttnProcessor2_0",
+    "Lumina2AttnProcessor2_0",
+    "NucleusMoEAttnProcessor2_0",
+    "OmniGenAttnProcessor2_0",
+    "QwenDoubleStreamAttnProcessor2_0",
+    "SanaLinearAttnProcessor2_0",
+    "SanaLinearAttnProcessor3_0",
+    "StableAudioAttnProcessor2_0",
+    "ZSingleStreamAttnProcessor",
+}
+# Processors that take the heads' width from `out_dim`.
+READ_OUT_DIM = {"CosmosAttnProcessor2_5", "OmniGenAttnProcessor2_0"}
 
 
 def attention_groups(name: str, attn: Attention, stage: str) -> list[ChannelGroup]:
-    """The head-dimension group of an `Attention`; the unit is one offset, the same in every head.
+    """The head-dimension or head group of an `Attention`.
+
+    None for one without output projection: that belongs to the block around it.
 
     Raises:
-        UnsupportedBlockError: If the block has added projections, grouped queries, q/k norms, fused projections or a
-            processor that hard-codes the width.
+        UnsupportedBlockError: If its projections are fused, its processor hard-codes the width or is not known, or a
+            layer of it is not.
     """
-    if type(attn.processor) not in PROCESSORS:
-        accepted = ", ".join(processor.__name__ for processor in PROCESSORS)
-        raise UnsupportedBlockError(f"its processor {type(attn.processor).__name__} is none of {accepted}")
+    processor = type(attn.processor).__name__
+    if processor not in OFFSETS | WHOLE_HEADS:
+        raise UnsupportedBlockError(f"no rule covers its processor {processor}")
     if attn.fused_projections:
         raise UnsupportedBlockError("its projections are fused; call unfuse_qkv_projections() first")
-    if attn.added_kv_proj_dim is not None:
-        raise UnsupportedBlockError("it has added key and value projections")
-    if attn.norm_q is not None or attn.norm_k is not None:
-        raise UnsupportedBlockError("it normalises queries or keys over the head dimension")
-    if attn.inner_kv_dim != attn.inner_dim:
-        raise UnsupportedBlockError(f"its keys have {attn.inner_kv_dim} channels and its queries {attn.inner_dim}")
+    layers = layers_of(attn)
+    readers = [f"{name}.{layer}" for layer in OUTPUTS if layer in layers]
+    if not readers:
+        return []
+    if processor in WHOLE_HEADS or attn.norm_q is not None or attn.inner_kv_dim != attn.inner_dim:
+        more = {"out_dim": attn.out_dim} if processor in READ_OUT_DIM else {}
+        return [head_group(name, attn, stage, attn.inner_dim, readers, more)]
 
     head_dim = attn.inner_dim // attn.heads
+
+    def part(layer: str, axis: Literal["out", "in"], basis: str, dual: bool, scaled: bool = False) -> list[Slice]:
+        here = [Slice(f"{name}.{layer}", axis, head_dim, 1, attn.heads, 0, scaled, basis, dual)]
+        return here if layer in layers else []
+
     slices = (
-        Slice(f"{name}.to_q", "out", head_dim, 1, attn.heads, keeps_softmax_scale=attn.scale_qk, basis="query_key"),
-        Slice(f"{name}.to_k", "out", head_dim, 1, attn.heads, basis="query_key", dual=True),
-        Slice(f"{name}.to_v", "out", head_dim, 1, attn.heads, basis="value_output"),
-        Slice(f"{name}.to_out.0", "in", head_dim, 1, attn.heads, basis="value_output", dual=True),
+        *part("to_q", "out", "query_key", False, attn.scale_qk),
+        *part("add_q_proj", "out", "query_key", False, attn.scale_qk),
+        *part("to_k", "out", "query_key", True),
+        *part("add_k_proj", "out", "query_key", True),
+        *part("to_v", "out", "value_output", False),
+        *part("add_v_proj", "out", "value_output", False),
+        *part("to_out.0", "in", "value_output", True),
+        *part("to_add_out", "in", "value_output", True),
     )
-    kind = "cross_attention" if attn.is_cross_attention else "self_attention"
-    return [ChannelGroup(name, kind, stage, slices, resize=_resize_head_dim)]
+    return [ChannelGroup(name, attention_kind(name, attn), stage, slices, resize=_resize_head_dim)]
 
 
 def _resize_head_dim(attn: nn.Module, group: ChannelGroup, units: int) -> None:

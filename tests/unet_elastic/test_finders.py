@@ -65,7 +65,7 @@ def test_condition_norm_resnets(norm, temb_shape):
 
 
 def test_unknown_models_are_refused():
-    with pytest.raises(ValueError, match="AutoencoderTiny has no block that can be cut; known blocks are Attention"):
+    with pytest.raises(ValueError, match="AutoencoderTiny has no block that can be cut; known blocks are listed"):
         find_channel_groups(AutoencoderTiny())
 
 

@@ -1,0 +1,180 @@
+"""Channel groups of attentions whose head dimension is fixed: whole heads, shared by every stream of the attention.
+
+Rotary embeddings and norms over the head dimension fix it. A norm over all heads follows them; two streams that attend
+to each other share them; under grouped queries a unit is one key head with the query heads that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from diffusers.models.normalization import RMSNorm
+from torch import nn
+
+from ofadiff.channels import ChannelGroup, Slice
+from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
+
+# What an attention calls its layers, over all of diffusers. Rows of a fused projection repeat the layout.
+QUERIES = ("to_q", "add_q_proj", "to_q_t", "q_img", "to_query", "to_gate")
+KEYS_AND_VALUES = (
+    *("to_k", "to_v", "add_k_proj", "add_v_proj", "to_k_t", "to_v_t", "k_img", "v_img", "to_key", "to_value"),
+    *("to_kv", "txt_kv_proj"),
+)
+FUSED = ("to_qkv", "img_attn_qkv", "txt_attn_qkv", "img_qkv_proj")
+OUTPUTS = ("to_out.0", "to_out", "to_add_out", "to_out_t", "out_layer", "img_attn_proj", "txt_attn_proj")
+QUERY_NORMS = (
+    *("norm_q", "norm_added_q", "q_norm", "query_norm", "q_rms_norm", "q_rms_norm_t", "q_img_norm"),
+    *("img_attn_q_norm", "txt_attn_q_norm"),
+)
+KEY_NORMS = (
+    *("norm_k", "norm_added_k", "k_norm", "key_norm", "k_rms_norm", "k_rms_norm_t", "k_img_norm"),
+    *("img_attn_k_norm", "txt_attn_k_norm"),
+)
+# Layers before the projections, on the residual stream.
+INPUT_NORMS = ("group_norm", "spatial_norm", "norm_cross", "pre_norm_q", "pre_norm_kv")
+
+# What an attention remembers of its width, in proportion to its heads.
+HEADS = ("heads", "num_heads", "num_attention_heads")
+KEY_HEADS = ("kv_heads", "num_kv_heads", "num_key_value_heads")
+WIDTHS = (*HEADS, *KEY_HEADS, "sliceable_head_dim", "inner_dim", "inner_kv_dim", "kv_inner_dim")
+
+# Norms that have a width even where they have no weights.
+_NORMS = (nn.LayerNorm, nn.RMSNorm, RMSNorm)
+
+
+def head_groups(name: str, attn: nn.Module, stage: str) -> list[ChannelGroup]:
+    """The group of an attention's heads. None for one without output projection: that belongs to the block around it.
+
+    Raises:
+        UnsupportedBlockError: If its processor is not the class's own or holds weights, it has a layer that no rule
+            covers, or its shapes do not fit its heads.
+    """
+    outputs = [layer for layer in OUTPUTS if layer in layers_of(attn)]
+    if not outputs:
+        return []
+    check_processor(attn)
+    inner = attn.get_submodule(outputs[0]).in_features
+    return [head_group(name, attn, stage, inner, [f"{name}.{output}" for output in outputs])]
+
+
+def head_group(
+    name: str, attn: nn.Module, stage: str, inner: int, readers: list[str], more: Mapping[str, int] | None = None
+) -> ChannelGroup:
+    """The heads of an attention as one group.
+
+    Args:
+        name: Dotted name of the attention.
+        attn: The attention.
+        stage: Of the group.
+        inner: Channels of all its heads together.
+        readers: Dotted names of the layers whose first `inner` columns read the heads.
+        more: Further attributes that grow with the heads, with their values at full width.
+
+    Raises:
+        UnsupportedBlockError: If the attention has a layer that no rule covers, or shapes that do not fit its heads.
+    """
+    state = vars(attn)
+    heads = next(state[attribute] for attribute in HEADS if attribute in state)
+    head_dim = inner // heads
+    units = key_heads(attn, head_dim)
+    if units == 1 or heads % units:
+        raise UnsupportedBlockError(f"its {heads} query heads share {units} key heads")
+    queries, keys = heads // units * head_dim, head_dim
+    slices = []
+    for layer, module in layers_of(attn).items():
+        if layer in (*QUERIES, *FUSED, *QUERY_NORMS):
+            channels = queries
+        elif layer in (*KEYS_AND_VALUES, *KEY_NORMS):
+            channels = keys
+        elif layer in (*OUTPUTS, *INPUT_NORMS):
+            continue
+        else:
+            raise UnsupportedBlockError(f"no rule covers its layer {layer}")
+        length = _width(module)
+        if layer in (*QUERY_NORMS, *KEY_NORMS) and length == head_dim:
+            continue
+        if length % (units * channels) or (layer in FUSED and queries != keys):
+            raise UnsupportedBlockError(f"its layer {layer} is {length} wide, which its {heads} heads do not explain")
+        slices.append(Slice(f"{name}.{layer}", "out", units, channels, length // (units * channels)))
+    slices += [Slice(reader, "in", units, queries) for reader in readers]
+    full = {attribute: state[attribute] for attribute in WIDTHS if attribute in state}
+    resize = partial(scale_attributes, full={**full, **(more or {})})
+    return ChannelGroup(name, attention_kind(name, attn), stage, tuple(slices), resize)
+
+
+def value_groups(name: str, attn: nn.Module, stage: str) -> list[ChannelGroup]:
+    """The group of the values' offsets, the same in every head, where rotary embeddings differ from head to head.
+
+    Queries and keys then keep their width, and heads cannot change places.
+
+    Raises:
+        UnsupportedBlockError: If its processor is not the class's own or holds weights.
+    """
+    check_processor(attn)
+    layers = layers_of(attn)
+    head_dim = layers["to_v"].out_features // attn.heads
+    writers = [
+        Slice(f"{name}.{layer}", "out", head_dim, 1, attn.heads, basis="value_output")
+        for layer in ("to_v", "add_v_proj")
+        if layer in layers
+    ]
+    readers = [
+        Slice(f"{name}.{layer}", "in", head_dim, 1, attn.heads, basis="value_output", dual=True)
+        for layer in OUTPUTS
+        if layer in layers
+    ]
+    return [ChannelGroup(name, attention_kind(name, attn), stage, (*writers, *readers))]
+
+
+def text_head_or_value_groups(name: str, attn: nn.Module, stage: str) -> list[ChannelGroup]:
+    """Heads of the text attention `attn2`, which has no rotary embeddings; values' offsets of every other attention."""
+    return head_groups(name, attn, stage) if name.endswith("attn2") else value_groups(name, attn, stage)
+
+
+def check_processor(attn: nn.Module) -> None:
+    """Raises UnsupportedBlockError unless the processor was made for this class and has no weights of its own."""
+    processor = type(attn.processor)
+    if processor.__module__ != type(attn).__module__ or issubclass(processor, nn.Module):
+        raise UnsupportedBlockError(f"its processor {processor.__name__} is none of {type(attn).__name__}'s own")
+
+
+def key_heads(attn: nn.Module, head_dim: int) -> int:
+    """How many heads the keys have: fewer than the queries where queries are grouped."""
+    layers = layers_of(attn)
+    for layer in ("to_k", "to_key"):
+        if layer in layers:
+            return layers[layer].out_features // head_dim
+    state = vars(attn)
+    return next(state[attribute] for attribute in (*KEY_HEADS, *HEADS) if attribute in state)
+
+
+def attention_kind(name: str, attn: nn.Module) -> str:
+    """`"cross_attention"` or `"self_attention"`, as the attention says, or else its name."""
+    cross = vars(attn).get("is_cross_attention", "cross" in name or name.endswith("attn2"))
+    return "cross_attention" if cross else "self_attention"
+
+
+def scale_attributes(block: nn.Module, group: ChannelGroup, units: int, full: Mapping[str, int]) -> None:
+    """Sets what a block remembers of its width, in proportion to the units kept."""
+    for attribute, value in full.items():
+        setattr(block, attribute, value * units // group.width)
+
+
+def layers_of(attn: nn.Module) -> dict[str, nn.Module]:
+    """An attention's layers with a width: those that own parameters, and norms without any."""
+    return {
+        name: module
+        for name, module in attn.named_modules()
+        if name and (next(module.parameters(recurse=False), None) is not None or isinstance(module, _NORMS))
+    }
+
+
+def _width(module: nn.Module) -> int:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, RMSNorm):
+        return module.dim[-1]
+    if isinstance(module, _NORMS):
+        return module.normalized_shape[-1]
+    return next(module.parameters(recurse=False)).shape[-1]
