@@ -2,8 +2,8 @@
 
     python recipes/extract.py --checkpoint OFA_DIR --sizes 0.5 0.75 --output_dir OUT
 
-makes `OUT/size-0.5` and `OUT/size-0.75`. Each reads only its own part of the checkpoint, and loads with
-`DiffusionPipeline.from_pretrained` after `import ofadiff`.
+makes `OUT/size-0.5` and `OUT/size-0.75`. Each reads only its own part of the checkpoint, has its size's adapter merged
+if there is one, and loads with `DiffusionPipeline.from_pretrained` after `import ofadiff`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from ofadiff import OFAPipeline
 from ofadiff.cost import count_parameters
 from ofadiff.pipelines.ofa_pipeline import find_denoiser
+from ofadiff.size_adapter import adapter_folder
 from ofadiff.sizes import SizeTable
 from ofadiff.supernet import read_ofa_config
 
@@ -43,7 +44,10 @@ def extract(args: argparse.Namespace) -> list[Path]:
             pipeline.components[denoiser].to(dtype)
         pipeline.extract(size).save_pretrained(folder, variant=args.save_variant)
         params = count_parameters(pipeline.components[denoiser])
-        print(f"{folder}: {params / 1e6:.2f} M parameters, {params / subnets.full_params:.1%} of the full model")
+        healed = ", its adapter merged" if adapter_folder(checkpoint / denoiser, size).is_dir() else ""
+        print(
+            f"{folder}: {params / 1e6:.2f} M parameters, {params / subnets.full_params:.1%} of the full model{healed}"
+        )
     return list(folders.values())
 
 
@@ -57,7 +61,8 @@ def named_or_number(text: str) -> float | str:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Cut sizes out of an OFA checkpoint, each as a plain diffusers pipeline folder.",
+        description="Cut sizes out of an OFA checkpoint, each as a plain diffusers pipeline folder; a size's adapter "
+        "(from finetune_size.py) is merged.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

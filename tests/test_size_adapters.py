@@ -12,7 +12,13 @@ from peft.utils import get_peft_model_state_dict
 from tiny_stable_diffusion import save_stable_diffusion
 
 from ofadiff import OFAPipeline, Supernet
-from ofadiff.size_adapter import ADAPTER_WEIGHTS_NAME, ADAPTERS_NAME, SizeAdapter
+from ofadiff.size_adapter import (
+    ADAPTER_WEIGHTS_NAME,
+    ADAPTERS_NAME,
+    SizeAdapter,
+    load_size_adapters,
+    save_size_adapter,
+)
 
 SIZES = (0.5, 0.75, 1.0)
 # Cut layers of every kind, and two that no group cuts.
@@ -62,6 +68,11 @@ def test_an_adapter_acts_at_its_size_alone(supernet):
         assert relative_error(after[size], before[size]) > CHANGED
     assert supernet.model.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in supernet.model.state_dict().items())
+
+    twin = copy.deepcopy(supernet)
+    twin.set_size_adapter(0.5, None)
+    assert relative_error(outputs(supernet, inputs)[0.5], after[0.5]) == 0
+    assert torch.equal(outputs(twin, inputs)[1.0], after[1.0])
 
     # Replaced, then taken away. The new one is trained on the bare subnet.
     supernet.set_size_adapter(0.5, None)
@@ -117,6 +128,22 @@ def test_a_checkpoint_holds_it_beside_the_same_weights(supernet, tmp_path):
 
 def supernet_without(tmp_path):
     return Supernet.from_pretrained(tmp_path / "without")
+
+
+def test_a_killed_save_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
+    supernet = make_supernet(make_unet("plain"), sizes=SIZES)
+    old, new = (
+        SizeAdapter.from_model(adapted_model(supernet, 0.5, seed, target_modules=["conv1"])) for seed in range(2)
+    )
+    save_size_adapter(old, tmp_path, 0.5)
+    with monkeypatch.context() as killed, pytest.raises(TypeError):
+        killed.setattr("ofadiff.size_adapter.json.dumps", None)  # the weights are written, the JSON is not
+        save_size_adapter(new, tmp_path, 0.5)
+    for expected in (old, new):
+        loaded = load_size_adapters(tmp_path, SIZES)[0.5].state_dict()
+        assert all(torch.equal(value, loaded[key]) for key, value in expected.state_dict().items())
+        save_size_adapter(new, tmp_path, 0.5)
+    assert [path.name for path in (tmp_path / ADAPTERS_NAME).iterdir()] == ["0.5"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

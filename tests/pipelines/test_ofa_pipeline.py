@@ -14,10 +14,12 @@ from diffusers import (
     DiffusionPipeline,
     StableDiffusionPipeline,
 )
+from peft import LoraConfig, inject_adapter_in_model
 from tiny_stable_diffusion import save_stable_diffusion
 
-from ofadiff import OFAPipeline
+from ofadiff import OFAPipeline, Supernet
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, ofa_pipeline
+from ofadiff.size_adapter import SizeAdapter, save_size_adapter
 
 
 def sample(pipeline, **arguments):
@@ -168,6 +170,10 @@ def test_bad_input(folder, tmp_path):
 
 def test_a_hub_repository_is_loaded_with_its_own_files(folder, tmp_path, monkeypatch):
     # A hub that gives what is asked for: every download copies the files whose names match into one snapshot.
+    supernet = Supernet.from_pretrained(folder / "unet")
+    small = supernet.extract(0.5)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv1"], init_lora_weights=False), small)
+    save_size_adapter(SizeAdapter.from_model(small), folder / "unet", 0.5)
     snapshot, shown = tmp_path / "snapshot", sample(OFAPipeline.from_pretrained(folder), size=0.5)
 
     def fetch(patterns):

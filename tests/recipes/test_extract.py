@@ -1,15 +1,19 @@
 import pytest
-import torch
-from conftest import make_supernet, output, plain_unet, random_inputs
+from conftest import make_supernet, output, plain_unet, random_inputs, relative_error
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
 
 from ofadiff import OFAPipeline
+from ofadiff.size_adapter import SizeAdapter
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     unet = plain_unet()
     supernet = make_supernet(unet, sizes=(0.5, 1.0))
+    small = supernet.extract(0.5)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv1", "to_q"], init_lora_weights=False), small)
+    supernet.set_size_adapter(0.5, SizeAdapter.from_model(small))
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "checkpoint")
     supernet.save_pretrained(tmp_path / "checkpoint" / "unet")
     return tmp_path / "checkpoint"
@@ -24,7 +28,9 @@ def test_every_size_becomes_a_pipeline_folder(launch, words, checkpoint, tmp_pat
     for size in (0.5, 1.0):
         small = DiffusionPipeline.from_pretrained(out / f"size-{size:g}")
         with pipeline.supernet.at(size) as unet:
-            assert torch.equal(output(small.unet, inputs), output(unet, inputs))
+            # The adapter of 0.5 is merged; every other weight is the checkpoint's own.
+            assert relative_error(output(small.unet, inputs), output(unet, inputs)) <= (1e-5 if size == 0.5 else 0)
+    assert done.stdout.splitlines()[0].endswith("its adapter merged") and done.stdout.count("merged") == 1
 
     again = launch("extract.py", words({"checkpoint": checkpoint, "sizes": "0.5", "output_dir": out}))
     assert again.returncode == 2 and "size-0.5 exists already" in again.stderr
