@@ -22,8 +22,8 @@ class LowRankUpdate(nn.Module):
     Its matrices have that size's shape. They move with the layer that it is put into, but are in no state dict.
 
     Args:
-        down: A, `(rank, in)`, or `(rank, in, height, width)` for a convolution.
-        up: B, `(out, rank)`, or `(out, rank, 1, 1)`.
+        down: A, `(rank, in)`, or `(rank, in, *kernel)` for a convolution.
+        up: B, `(out, rank)`, or `(out, rank, 1, …)`.
         scaling: Their factor.
     """
 
@@ -65,10 +65,10 @@ class ElasticConv1d(nn.Conv1d):
     """A one-dimensional convolution that can be cut as a two-dimensional one."""
 
     kept: Kept = ()
+    updates: tuple[LowRankUpdate, ...] = ()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias = _active(self)
-        return self._conv_forward(input, weight, bias)
+        return _convolution(self, input)
 
 
 class ElasticConv2d(nn.Conv2d):
@@ -78,21 +78,17 @@ class ElasticConv2d(nn.Conv2d):
     updates: tuple[LowRankUpdate, ...] = ()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias = _active(self)
-        output = self._conv_forward(input, weight, bias)
-        for update in self.updates:
-            output = output + update.scaling * F.conv2d(self._conv_forward(input, update.down, None), update.up)
-        return output
+        return _convolution(self, input)
 
 
 class ElasticConv3d(nn.Conv3d):
     """A three-dimensional convolution that can be cut as a two-dimensional one."""
 
     kept: Kept = ()
+    updates: tuple[LowRankUpdate, ...] = ()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias = _active(self)
-        return self._conv_forward(input, weight, bias)
+        return _convolution(self, input)
 
 
 class ElasticGroupNorm(nn.GroupNorm):
@@ -190,6 +186,15 @@ def _global_response_norm(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return gamma * (x * (energy / (energy.mean(dim=-1, keepdim=True) + 1e-6))) + beta + x
 
 
+def _convolution(layer: nn.Module, input: torch.Tensor) -> torch.Tensor:
+    weight, bias = _active(layer)
+    output = layer._conv_forward(input, weight, bias)
+    for update in layer.updates:
+        inner = layer._conv_forward(input, update.down, None)
+        output = output + update.scaling * torch.einsum("or,nr...->no...", update.up.flatten(1), inner)
+    return output
+
+
 def _active(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not layer.kept:
         return layer.weight, layer.bias
@@ -203,6 +208,12 @@ def active_norm_groups(num_groups: int, kept: Kept) -> int:
     for part, units in kept:
         num_groups = num_groups * units // part.units
     return num_groups
+
+
+def is_adaptable(layer: nn.Module) -> bool:
+    """Whether `updates` can act on a layer: a linear map, or a convolution that sees all channels at once."""
+    convolution = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.groups == 1
+    return convolution or isinstance(layer, nn.Linear)
 
 
 def check_elastic_type(layer: nn.Module, name: str) -> None:

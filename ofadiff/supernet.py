@@ -20,7 +20,7 @@ from ofadiff.allocation import check_scores
 from ofadiff.basis import PERMUTATION, load_basis, save_basis
 from ofadiff.channels import ChannelGroup, Slice, active_part, check_widths
 from ofadiff.elastic import check_can_be_elastic, kept_by_module, make_model_elastic, permute_units
-from ofadiff.layers import ELASTIC, make_elastic
+from ofadiff.layers import ELASTIC, is_adaptable, make_elastic
 from ofadiff.rotation import check_not_rotated
 from ofadiff.size_adapter import SizeAdapter, load_size_adapters, save_size_adapters
 from ofadiff.sizes import CONFIG_NAME, SizeTable, Subnet
@@ -166,7 +166,7 @@ class Supernet:
 
         Raises:
             ValueError: If there is no such size, the adapter does not fit it, or the model has LoRAs or is offloaded.
-            TypeError: If the adapter changes a layer that is neither linear nor a convolution.
+            TypeError: If the adapter changes a layer that is neither linear nor an ungrouped convolution.
         """
         subnet = self.subnets.find(size)
         if self._adapted:
@@ -195,6 +195,8 @@ class Supernet:
             if name not in modules:
                 raise ValueError(f"the adapter changes {name}, which the model does not have")
             layer = modules[name]
+            if not is_adaptable(layer):
+                raise TypeError(f"the adapter changes {name}, a {type(layer).__name__} that no size can adapt")
             if not isinstance(layer, tuple(ELASTIC.values())):
                 check_can_be_elastic(layer, name)
             if layer.weight.is_meta:

@@ -40,12 +40,12 @@ from compression_run import (
     upload,
 )
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import nn
 
 from ofadiff import find_channel_groups
 from ofadiff.basis import load_basis
 from ofadiff.channels import ChannelGroup
 from ofadiff.extracted import extract
+from ofadiff.layers import is_adaptable
 from ofadiff.pipelines.ofa_pipeline import find_denoiser, local_folder
 from ofadiff.size_adapter import SizeAdapter, adapter_folder, load_size_adapter, save_size_adapter
 from ofadiff.sizes import SizeTable
@@ -232,9 +232,9 @@ def cut_layers(model: ModelMixin, groups: Sequence[ChannelGroup]) -> list[str]:
     """
     slices = ((group, part) for group in groups for part in group.slices)
     names = {
-        part.module.removeprefix(f"{group.name}.")
+        part.module.removeprefix(f"{group.block}.")
         for group, part in slices
-        if isinstance(model.get_submodule(part.module), (nn.Linear, nn.Conv2d))
+        if is_adaptable(model.get_submodule(part.module))
     }
     return sorted(names)
 

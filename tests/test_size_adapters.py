@@ -10,8 +10,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from tiny_stable_diffusion import save_stable_diffusion
+from torch import nn
 
 from ofadiff import OFAPipeline, Supernet
+from ofadiff.layers import LowRankUpdate, make_elastic
 from ofadiff.size_adapter import (
     ADAPTER_WEIGHTS_NAME,
     ADAPTERS_NAME,
@@ -204,6 +206,20 @@ def test_users_loras_act_beside_it(tmp_path):
     assert all(torch.equal(value, healed[size]) for size, value in outputs(pipeline.supernet, inputs).items())
 
 
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_a_convolution_of_any_dimension_takes_one(dimensions):
+    torch.manual_seed(0)
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1](4, 6, 3, stride=2, padding=1)
+    update = LowRankUpdate(torch.randn(2, 4, *[3] * dimensions), torch.randn(6, 2, *[1] * dimensions), 0.5)
+    inputs = torch.randn(2, 4, *[8] * dimensions)
+    merged = copy.deepcopy(layer)
+    with torch.no_grad():
+        merged.weight.copy_(update.add_to(layer.weight))
+    make_elastic(layer, "layer")
+    layer.updates = (update,)
+    assert torch.allclose(layer(inputs), merged(inputs), atol=1e-5)
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     supernet = make_supernet(make_unet("plain"), sizes=SIZES)
     inputs = random_inputs(supernet.model)
@@ -221,6 +237,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
     elsewhere = {key.replace("conv1", "conv9"): value for key, value in state_dict.items()}
     with pytest.raises(ValueError, match=r"conv9, which the model does not have"):
         supernet.set_size_adapter(0.75, SizeAdapter.from_state_dict(config, elsewhere))
+    norm = {key.replace("conv1", "norm2"): value for key, value in state_dict.items()}
+    with pytest.raises(TypeError, match=r"norm2, a ElasticGroupNorm that no size can adapt"):
+        supernet.set_size_adapter(0.75, SizeAdapter.from_state_dict(config, norm))
     for changes, extra, message in (
         ({"peft_type": "LOHA"}, {}, "is a LOHA"),
         ({"alpha_pattern": {"to_q": 1}}, {}, "one alpha for all layers"),
