@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 
@@ -47,15 +48,16 @@ class ClipScorer:
             raise ValueError(f"the tokenizer of {name_or_path} has no vocabulary")
         self.model = model.float().eval().to(device)
 
-    @torch.no_grad()
-    def score(self, images: torch.Tensor, prompts: Sequence[str], batch_size: int = 64) -> float:
+    def score(
+        self, images: torch.Tensor | Dataset[torch.Tensor], prompts: Sequence[str], batch_size: int = 64
+    ) -> float:
         """Mean of w · max(cos(image, prompt), 0) with w = 1: the plain cosine, about 0.3 for Stable Diffusion.
 
         That is how papers on text-to-image models report it; Hessel et al. take w = 2.5, torchmetrics 100. Nothing is
         put before the prompts; what is longer than CLIP's context is cut off. Only scores of one CLIP model compare.
 
         Args:
-            images: uint8, `(N, 3, H, W)`.
+            images: uint8, `(N, 3, H, W)`, or a data set of N `(3, H, W)`.
             prompts: N prompts, in the order of the images.
             batch_size: Images per forward.
 
@@ -65,11 +67,20 @@ class ClipScorer:
         Example:
             >>> ClipScorer().score(generate(pipeline, 8, arguments={"prompt": prompts}), prompts)
         """
-        if len(prompts) != len(images):
-            raise ValueError(f"there are {len(images)} images and {len(prompts)} prompts; each image takes one")
+        return self.scores(images, prompts, batch_size).double().mean().item()
+
+    @torch.no_grad()
+    def scores(
+        self, images: torch.Tensor | Dataset[torch.Tensor], prompts: Sequence[str], batch_size: int = 64
+    ) -> torch.Tensor:
+        """The score of each image `(N,)`, on the CPU; see `score`."""
+        count = len(images)  # type: ignore[arg-type]
+        if len(prompts) != count:
+            raise ValueError(f"there are {count} images and {len(prompts)} prompts; each image takes one")
         device = self.model.device
-        cosines = []
-        for first in range(0, len(images), batch_size):
+        cosines = [torch.empty(0)]
+        for number, batch in enumerate(DataLoader(images, batch_size=batch_size)):  # type: ignore[arg-type]
+            first = number * batch_size
             tokens = self.tokenizer(
                 list(prompts[first : first + batch_size]),
                 padding=True,
@@ -77,9 +88,7 @@ class ClipScorer:
                 max_length=self.model.config.text_config.max_position_embeddings,
                 return_tensors="pt",
             )
-            pixels = self.image_processor(
-                list(images[first : first + batch_size]), input_data_format="channels_first", return_tensors="pt"
-            )
+            pixels = self.image_processor(list(batch), input_data_format="channels_first", return_tensors="pt")
             found = self.model(**tokens.to(device), **pixels.to(device))  # both embeddings have norm 1
             cosines.append((found.image_embeds * found.text_embeds).sum(dim=-1).cpu())
-        return torch.cat(cosines).clamp(min=0).double().mean().item()
+        return torch.cat(cosines).clamp(min=0)

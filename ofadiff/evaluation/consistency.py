@@ -1,4 +1,4 @@
-"""How much of the teacher's image is left: PSNR and SSIM of images that were sampled from the same seeds."""
+"""How much of the teacher's images is left: PSNR and SSIM of images that were sampled from the same seeds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ HIGHEST_PSNR = 100.0
 SSIM_WINDOW = 11
 
 
-def psnr(images: torch.Tensor, references: torch.Tensor) -> float:
-    """Mean peak signal-to-noise ratio, in dB; 100 dB for images that are equal.
+def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of each image `(N,)`, in dB; 100 dB for images that are equal.
 
     Args:
         images: uint8, `(N, 3, H, W)`.
@@ -22,11 +22,13 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> float:
     """
     _check_shapes(images, references)
     mse = (images.double() - references.double()).square().mean(dim=(1, 2, 3))
-    return (10 * torch.log10(255**2 / mse)).clamp(max=HIGHEST_PSNR).mean().item()
+    return (10 * torch.log10(255**2 / mse)).clamp(max=HIGHEST_PSNR)
 
 
-def ssim(images: torch.Tensor, references: torch.Tensor) -> float:
-    """Mean structural similarity, at most 1; with the settings of Wang et al., "Image quality assessment" (2004).
+def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of each image `(N,)`, at most 1.
+
+    With the settings of Wang et al., "Image quality assessment" (2004).
 
     Args:
         images: uint8, `(N, 3, H, W)`, at least 11 pixels high and wide.
@@ -55,7 +57,7 @@ def ssim(images: torch.Tensor, references: torch.Tensor) -> float:
         )
         for image, reference in zip(images, references, strict=True)
     ]
-    return float(sum(values) / len(values))
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _check_shapes(images: torch.Tensor, references: torch.Tensor) -> None:

@@ -4,33 +4,46 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.utils.data import Subset
 
 from ofadiff.cost import count_macs, count_parameters, example_inputs
+from ofadiff.evaluation import consistency
+from ofadiff.evaluation.candidates import Candidate, denoiser_of, list_candidates
 from ofadiff.evaluation.clip_score import DEFAULT_CLIP, ClipScorer
 from ofadiff.evaluation.extractors import FeatureExtractor
+from ofadiff.evaluation.feature_statistics import FeatureStatistics
+from ofadiff.evaluation.image_protocol import call_protocol, image_protocol
+from ofadiff.evaluation.measure import PEAKS, REPEATS, ROUNDS, measure_latencies
 from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
-from ofadiff.evaluation.reference import Reference
-from ofadiff.evaluation.report import PARAMETERS, REACHED, TEACHER, Column, Report, Row
-from ofadiff.evaluation.sampling import call_parameters, check_arguments, default_arguments, evaluation_mode, generate
+from ofadiff.evaluation.reference import RESIZE, Reference
+from ofadiff.evaluation.report import JOINT, PARAMETERS, REACHED, TEACHER, Column, Report
+from ofadiff.evaluation.sampling import Sampling, draw_share, evaluation_mode
+from ofadiff.evaluation.saved_images import SavedImages
+from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import OFAPipeline
+from ofadiff.training.data import Images
 
-DENOISERS = ("unet", "transformer")
 # Fewer images than this have no KID.
 FEWEST = 4
+# Denoising steps of the trial image.
+TRIAL_STEPS = 2
 
 
 def evaluate(
     pipeline: DiffusionPipeline,
     *,
-    reference: str | Path | torch.Tensor | None = None,
+    reference: str | Path | Images | torch.Tensor | None = None,
     teacher: DiffusionPipeline | None = None,
+    compare: Mapping[str, DiffusionPipeline] | None = None,
     sizes: Sequence[float] | None = None,
     metrics: Sequence[str] | None = None,
     num_samples: int = 1000,
@@ -43,18 +56,25 @@ def evaluate(
     clip_model: str | Path = DEFAULT_CLIP,
     cost_batch_size: int = 1,
     num_shown: int = 10,
+    samples_dir: str | Path | None = None,
+    overwrite_samples: bool = False,
+    save_reference_statistics: str | Path | None = None,
     title: str = "One model, every size",
     command: str | None = None,
     progress: bool = True,
+    accelerator: Accelerator | None = None,
 ) -> Report:
     """Measures every size of a pipeline, and its teacher, from the same seeds.
 
-    What is measured is the extracted model of each size: what ships.
+    What is measured is the extracted model of each size: what ships. Of several processes each samples its share of the
+    images; the report is the same as that of one, and every process gets it.
 
     Args:
         pipeline: An `OFAPipeline`, or any other pipeline for a report of one row.
-        reference: Real images for FID and KID: a folder, or uint8 `(N, 3, H, W)`.
+        reference: Real images for FID and KID: a folder, `Images`, or uint8 `(N, 3, H, W)`. For FID alone also a file
+            of their statistics, see `FeatureStatistics.load`.
         teacher: Pipeline of the original model, with the same scheduler.
+        compare: More pipelines by name, with the same scheduler: other sets of sizes, or plain ones.
         sizes: Which sizes, all by default.
         metrics: Names in `METRICS`; by default all that can be had from what is given.
         num_samples: Images sampled per size, if a metric looks at images.
@@ -67,76 +87,107 @@ def evaluate(
         clip_model: CLIP for the CLIP score of images and prompts: a folder or a hub repository, see `ClipScorer`.
         cost_batch_size: Images of the forward whose latency and memory are measured.
         num_shown: Images per size that the report shows.
+        samples_dir: Folder to keep the images in. An evaluation that was cut off goes on from those that are there;
+            images made in another way are refused. By default images are held in memory.
+        overwrite_samples: Replace images that another evaluation left there.
+        save_reference_statistics: A `.safetensors` to write the statistics of the reference images to.
         title: The report's.
         command: The command line that makes this report, if there is one.
         progress: Whether to show progress bars.
+        accelerator: Of a script that `accelerate launch` runs in several processes; the pipelines are on its device.
 
     Returns:
-        The report, the teacher first, then the sizes from the largest down.
+        The report, the teacher first, then the sizes from the largest down, then what they are compared with.
 
     Raises:
         ImportError: If torch-fidelity, scikit-image or transformers is needed and not installed.
-        ValueError: Before any sampling, if a metric, size or extractor does not exist, a metric lacks what it needs, a
-            pipeline lacks prompts or takes no such argument, the teacher has another scheduler, or reference images or
-            the CLIP model cannot be read.
+        ValueError: Before sampling, but for a trial image of each model: if a metric, size or extractor does not exist,
+            a metric lacks what it needs, a pipeline lacks prompts or takes no such argument, a scheduler differs from
+            the others or ignores seeds, the reference or the CLIP model cannot be read or used, or `samples_dir` holds
+            other images.
 
     Example:
         >>> report = evaluate(OFAPipeline.from_pretrained("my-ofa-checkpoint"), reference="images", num_samples=10_000)
         >>> report.write("report")
     """
-    has_prompts = arguments is not None and "prompt" in arguments
-    names = choose_metrics(metrics, _missing(pipeline, reference is not None, teacher is not None, has_prompts))
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("num_shown", num_shown)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    processes = Processes(accelerator)
+    show = progress and processes.is_main
+    statistics = read_statistics(reference)
+    candidates = list_candidates(pipeline, teacher, compare or {}, sizes)
+    missing = missing_reference(reference is not None, statistics) | _missing(candidates, arguments or {})
+    names = choose_metrics(metrics, missing)
     needs = {need for name in names for need in METRICS[name].needs}
-    sizes = _choose_sizes(pipeline, sizes)
-    if teacher is not None:
-        _check_schedulers(teacher, pipeline)
-    arguments = default_arguments(pipeline) if arguments is None else arguments
-    call_arguments = {} if call_arguments is None else call_arguments
-    for each in (pipeline, teacher):
-        if each is not None:
-            _denoiser(each)  # there has to be one
-            check_arguments(each, arguments, call_arguments)
+    sampling = Sampling.of(pipeline, seed, num_inference_steps, arguments, call_arguments)
+    for candidate in candidates:
+        sampling.check(candidate.source)
     count = num_samples if "images" in needs else num_shown
-    real = Reference(reference, progress) if reference is not None and "reference" in needs else None
-    if real is not None and min(count, len(real)) < FEWEST:
-        raise ValueError(
-            f"there are {count} samples and {len(real)} reference images; FID and KID take {FEWEST} of each"
-        )
-    features = FeatureExtractor(extractor, pipeline.device) if real is not None else None
-    clip = ClipScorer(str(clip_model), pipeline.device) if "prompts" in needs else None
-    real_features = teacher_images = None
+    if save_reference_statistics is not None and (reference is None or statistics or "reference" not in needs):
+        raise ValueError("save_reference_statistics needs reference images, and a metric that looks at them")
 
-    timed = not {"latency", "memory"}.isdisjoint(names)
+    real = features = clip = None
+    if "reference" in needs:
+        if reference is not None and statistics is None:
+            real = Reference(reference, progress, processes)
+        _check_counts(count, real)
+        with processes.main_first():
+            features = FeatureExtractor(extractor, pipeline.device)
+        if statistics is not None:
+            statistics.check_extractor(features.name)
+    if "prompts" in needs:
+        with processes.main_first():
+            clip = ClipScorer(str(clip_model), pipeline.device)
+
+    trials = _try_all(candidates, sampling)
+    height, width = trials[0].shape[-2:]
+    resolution = f"{width}x{height}"
+    if "ssim" in names:
+        consistency.ssim(trials[0], trials[0])
+    if clip is not None:
+        clip.scores(trials[0], sampling.condition([0])["prompt"])
+    if features is not None and statistics is not None:
+        statistics.check_shape(features.features(trials[0]).shape[1], resolution)
+    stores = _open_stores(candidates, sampling, resolution, samples_dir, overwrite_samples, processes)
+
+    real_features = None
+    if real is not None and features is not None:
+        share = Share(len(real), batch_size, processes)
+        images = Subset(real.images(height, width), share.indices)
+        real_features = share.gather(features.features(images, batch_size, show))
+        statistics = FeatureStatistics.of(real_features, extractor=features.name, resize=RESIZE, resolution=resolution)
+        if save_reference_statistics is not None and processes.is_main:
+            statistics.save(save_reference_statistics)
+    latencies: dict[str, float] = {}
+    if "latency" in names and processes.is_main:
+        latencies = measure_latencies(lambda: _denoisers(candidates), cost_batch_size)
+
     budget = _budget(pipeline, teacher)
     columns: dict[str, Column] = {} if budget is None else {"reached": REACHED}
     columns["params"] = PARAMETERS
     for name in names:
         columns.update(METRICS[name].columns)
     report = Report(title, columns)
-
-    for row, stand_alone in _subjects(pipeline, teacher, sizes):
-        denoiser = _denoiser(stand_alone)
-        images = generate(
-            stand_alone,
-            count,
-            batch_size=batch_size,
-            seed=seed,
-            num_inference_steps=num_inference_steps,
-            arguments=arguments,
-            call_arguments=call_arguments,
-            progress=progress,
-            description=f"Sampling {row.label}",
-        )
-        if real is not None and features is not None and real_features is None:
-            real_features = features.features(real.images(*images.shape[-2:]), batch_size, progress)
+    share = Share(count, batch_size, processes)
+    teacher_images = None
+    for candidate in candidates:
+        row, stand_alone, store = candidate.row, candidate.load(), stores.pop(candidate.name)
+        draw_share(stand_alone, sampling, share, store, show, f"Sampling {candidate.name}")
+        images = Subset(store, share.indices)  # type: ignore[arg-type]
+        denoiser = denoiser_of(stand_alone)
         subject = Subject(
             denoiser=denoiser,
             images=images,
-            arguments={name: [values[i % len(values)] for i in range(count)] for name, values in arguments.items()},
+            arguments=sampling.condition(share.indices),
+            gather=share.gather,
+            is_main=processes.is_main,
             teacher_images=teacher_images,
-            reference=real_features,
+            reference=statistics,
+            reference_features=real_features,
             extractor=features,
             clip=clip,
+            latency=latencies.get(candidate.name),
             batch_size=batch_size,
             cost_batch_size=cost_batch_size,
         )
@@ -146,30 +197,62 @@ def evaluate(
             row.values["reached"] = spent(denoiser) / full
         with evaluation_mode(stand_alone):
             for name in names:
-                row.values.update(METRICS[name].measure(subject))
-        report.add_row(row, images[:num_shown])
+                if "images" in METRICS[name].needs or processes.is_main:
+                    row.values.update(METRICS[name].measure(subject))
+        row.values = processes.broadcast(row.values)
+        shown = processes.gather([(index, store[index]) for index in share.indices if index < num_shown])
+        pictured = row.series in (JOINT, TEACHER)
+        report.add_row(row, torch.stack([image for _, image in sorted(shown, key=_first)]) if pictured else None)
         if row.series == TEACHER:
             teacher_images = images
 
     protocol = {
         "samples per size": count if "images" in needs else None,
-        "resolution": f"{images.shape[-1]}x{images.shape[-2]} pixels",
+        "resolution": f"{resolution} pixels",
         "denoising steps": num_inference_steps,
-        **_call_protocol(pipeline, call_arguments),
-        "prompts": min(count, len(arguments["prompt"])) if "prompt" in arguments else None,
+        **call_protocol(pipeline, sampling.call_arguments),
+        "prompts": min(count, len(sampling.arguments["prompt"])) if "prompt" in sampling.arguments else None,
         "seeds": f"{seed} to {seed + count - 1}, one per image",
+        "batches": f"{batch_size} images, {processes.count} process{'es' if processes.count > 1 else ''}",
         "scheduler": type(pipeline.components["scheduler"]).__name__ if "scheduler" in pipeline.components else None,
         "budget": pipeline.subnets.budget if isinstance(pipeline, OFAPipeline) else None,
-        "features": extractor if features else None,
-        "reference images": len(real) if real else None,
+        "features": features.name if features else None,
+        "resized for the features": features.resize if features else None,
+        **_reference_protocol(reference, real, statistics if features else None),
         "CLIP score": f"mean cosine (w = 1), {_last_part(clip_model)}" if clip else None,
-        "latency and memory": f"one forward of the denoiser, batch of {cost_batch_size}" if timed else None,
-        "precision": str(_denoiser(pipeline).dtype).removeprefix("torch."),
+        "latency": (
+            f"one forward of the denoiser, batch of {cost_batch_size}: median of {ROUNDS} rounds over all models, "
+            f"{REPEATS} forwards each"
+            if "latency" in names
+            else None
+        ),
+        "memory": (
+            f"peak of one forward of the denoiser, batch of {cost_batch_size}, {pipeline.device.type.upper()}: its "
+            "weights and what PyTorch allocates"
+            if "memory" in names
+            else None
+        ),
+        "precision": str(denoiser_of(pipeline).dtype).removeprefix("torch."),
         **describe_machine(pipeline.device),
         "command": command,
     }
     report.protocol = {name: value for name, value in protocol.items() if value is not None}
     return report
+
+
+def read_statistics(reference: Any) -> FeatureStatistics | None:
+    """The statistics, if the reference is a file of them; see `FeatureStatistics.load`."""
+    is_file = isinstance(reference, str | Path) and Path(reference).is_file()
+    return FeatureStatistics.load(reference) if is_file else None
+
+
+def missing_reference(given: bool, statistics: FeatureStatistics | None) -> dict[str, str]:
+    """What metrics cannot have for want of reference images, each with the reason."""
+    if not given:
+        return dict.fromkeys(("reference", "reference images"), "there are no reference images")
+    if statistics is not None:
+        return {"reference images": "there are statistics of the reference images, and it needs the images"}
+    return {}
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
@@ -192,27 +275,95 @@ def _cpu_name() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _subjects(
-    pipeline: DiffusionPipeline, teacher: DiffusionPipeline | None, sizes: Sequence[float]
-) -> Iterator[tuple[Row, DiffusionPipeline]]:
-    """Rows to fill, each with its stand-alone pipeline; one extracted model at a time."""
-    if teacher is not None:
-        yield Row(TEACHER, TEACHER), teacher
-    if not isinstance(pipeline, OFAPipeline):
-        yield Row("model"), pipeline
-        return
-    for size in sizes:
-        extracted = pipeline.extract(size)
-        yield Row(str(size), size=size), extracted
+def _missing(candidates: Sequence[Candidate], arguments: Mapping[str, Any]) -> dict[str, str]:
+    """What metrics may need and cannot have, each with the reason."""
+    missing = {}
+    if not any(candidate.row.series == TEACHER for candidate in candidates):
+        missing["teacher"] = "there is no teacher"
+    if "prompt" not in arguments:
+        missing["prompts"] = "there are no prompts"
+    for candidate in candidates:
+        denoiser = denoiser_of(candidate.source)
+        device = next(denoiser.parameters()).device.type
+        if device not in PEAKS:
+            missing["memory"] = f"the model is on {device!r}; peak memory is measured on {' and '.join(PEAKS)}"
+        try:
+            example_inputs(denoiser)
+        except ValueError as error:
+            missing["inputs"] = str(error)
+    return missing
 
 
-def _call_protocol(pipeline: DiffusionPipeline, call_arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What every image was called with; the guidance scale also where it is the pipeline's own."""
-    parameters = call_parameters(pipeline)
-    own = {name: parameters[name].default for name in ("guidance_scale",) if name in parameters}
+def _check_counts(count: int, real: Reference | None) -> None:
+    if real is None and count < FEWEST:
+        raise ValueError(f"there are {count} samples; FID takes {FEWEST}")
+    if real is not None and min(count, len(real)) < FEWEST:
+        raise ValueError(
+            f"there are {count} samples and {len(real)} reference images; FID and KID take {FEWEST} of each"
+        )
+
+
+def _try_all(candidates: Sequence[Candidate], sampling: Sampling) -> list[torch.Tensor]:
+    """One image of each, in a few steps: what can go wrong does so now, and not hours later."""
+    trial = replace(sampling, num_inference_steps=min(TRIAL_STEPS, sampling.num_inference_steps))
+    images = []
+    for candidate in candidates:
+        stand_alone = candidate.load()
+        with evaluation_mode(stand_alone):
+            images.append(trial.draw(stand_alone, [0]))
+        if images[-1].shape != images[0].shape:
+            shapes = [f"{image.shape[-1]}x{image.shape[-2]}" for image in images]
+            raise ValueError(
+                f"{candidates[0].name} makes images of {shapes[0]} pixels, {candidate.name} of {shapes[-1]}; they "
+                "must be of one resolution"
+            )
+    return images
+
+
+def _open_stores(
+    candidates: Sequence[Candidate],
+    sampling: Sampling,
+    resolution: str,
+    folder: str | Path | None,
+    overwrite: bool,
+    processes: Processes,
+) -> dict[str, SavedImages | dict[int, torch.Tensor]]:
+    """Where the images of each candidate go: into memory, or beside those that are in its folder already."""
+    if folder is None:
+        return {candidate.name: {} for candidate in candidates}
+    stores = {candidate.name: SavedImages(Path(folder) / candidate.name) for candidate in candidates}
+    digests: dict[nn.Module, str] = {}
+    protocols = {each.name: image_protocol(each.load(), sampling, resolution, digests) for each in candidates}
+    for name, store in stores.items():
+        store.check(protocols[name], overwrite)
+    processes.broadcast(None)  # all of them have looked before the first one writes
+    if processes.is_main:
+        for name, store in stores.items():
+            if overwrite:
+                store.remove()
+            store.begin(protocols[name])
+    processes.broadcast(None)
+    return dict(stores)
+
+
+def _denoisers(candidates: Sequence[Candidate]) -> Iterator[tuple[str, nn.Module]]:
+    for candidate in candidates:
+        stand_alone = candidate.load()
+        with evaluation_mode(stand_alone):
+            yield candidate.name, denoiser_of(stand_alone)
+
+
+def _reference_protocol(
+    reference: Any, real: Reference | None, statistics: FeatureStatistics | None
+) -> dict[str, str | int]:
+    if real is not None:
+        return {"reference images": len(real), "reference resized": RESIZE}
+    if statistics is None:
+        return {}
+    images = "images" if statistics.count is None else f"{statistics.count} images"
     return {
-        name.replace("_", " "): value if isinstance(value, int | float | str) else str(value)
-        for name, value in {**own, **call_arguments}.items()
+        "reference": f"statistics of {images}, {Path(reference).name}",
+        "reference resized": statistics.resize or "not stated in the statistics",
     }
 
 
@@ -221,44 +372,8 @@ def _last_part(name_or_path: str | Path) -> str:
     return Path(name_or_path).name if Path(name_or_path).is_absolute() else str(name_or_path)
 
 
-def _missing(pipeline: DiffusionPipeline, has_reference: bool, has_teacher: bool, has_prompts: bool) -> dict[str, str]:
-    """What metrics may need and cannot have, each with the reason."""
-    missing = {}
-    if not has_reference:
-        missing["reference"] = "there are no reference images"
-    if not has_teacher:
-        missing["teacher"] = "there is no teacher"
-    if not has_prompts:
-        missing["prompts"] = "there are no prompts"
-    try:
-        example_inputs(_denoiser(pipeline))
-    except ValueError as error:
-        missing["inputs"] = str(error)
-    return missing
-
-
-def _choose_sizes(pipeline: DiffusionPipeline, sizes: Sequence[float] | None) -> list[float]:
-    if not isinstance(pipeline, OFAPipeline):
-        if sizes:
-            raise ValueError(f"sizes are {list(sizes)}, but this {type(pipeline).__name__} is no OFAPipeline")
-        return []
-    chosen = pipeline.sizes if sizes is None else [pipeline.subnets.find(size).size for size in sizes]
-    if not chosen:
-        raise ValueError(f"sizes is empty; choose some of {', '.join(f'{size:g}' for size in pipeline.sizes)}")
-    return sorted(set(chosen), reverse=True)
-
-
-def _check_schedulers(teacher: DiffusionPipeline, pipeline: DiffusionPipeline) -> None:
-    """Images are compared seed by seed, so the samplers have to be the same."""
-    ours, theirs = (each.components.get("scheduler") for each in (pipeline, teacher))
-    if ours is None or theirs is None:
-        return
-    configs = [{k: v for k, v in each.config.items() if not k.startswith("_")} for each in (ours, theirs)]
-    if type(ours) is not type(theirs) or configs[0] != configs[1]:
-        raise ValueError(
-            f"the teacher samples with {type(theirs).__name__}, the pipeline with {type(ours).__name__}, or with other "
-            "settings; give both the same scheduler"
-        )
+def _first(pair: tuple[int, torch.Tensor]) -> int:
+    return pair[0]
 
 
 def _budget(
@@ -266,17 +381,7 @@ def _budget(
 ) -> tuple[Callable[[nn.Module], int], int] | None:
     """What a size is a share of: how it is counted, and how much of it the full model has."""
     if not isinstance(pipeline, OFAPipeline):
-        return None if teacher is None else (count_parameters, count_parameters(_denoiser(teacher)))
+        return None if teacher is None else (count_parameters, count_parameters(denoiser_of(teacher)))
     if pipeline.subnets.budget == "macs":
         return count_macs, pipeline.subnets.full_macs
     return count_parameters, pipeline.subnets.full_params
-
-
-def _denoiser(pipeline: DiffusionPipeline) -> Any:
-    for name in DENOISERS:
-        if isinstance(pipeline.components.get(name), nn.Module):
-            return pipeline.components[name]
-    raise ValueError(
-        f"this {type(pipeline).__name__} has no denoiser: none of its components {', '.join(pipeline.components)} is "
-        f"{' or '.join(DENOISERS)}"
-    )

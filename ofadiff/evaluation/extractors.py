@@ -12,6 +12,8 @@ from tqdm.auto import tqdm
 
 # torch-fidelity's name of the InceptionV3 that published FIDs are computed with.
 ALIASES = {"inception": "inception-v3-compat"}
+# How every extractor of torch-fidelity's brings images to its input size (299x299 pixels for Inception).
+TENSORFLOW_RESIZE = "bilinear as in TensorFlow 1, without antialiasing (torch-fidelity)"
 OWN: dict[str, nn.Module] = {}
 
 
@@ -42,6 +44,10 @@ def register_extractor(name: str, module: nn.Module) -> None:
 class FeatureExtractor:
     """An extractor, loaded and ready.
 
+    Attributes:
+        name: torch-fidelity's name of it.
+        resize: How images come to its input size.
+
     Args:
         name: `"inception"`, another name of torch-fidelity's, or one given to `register_extractor`.
         device: Where it runs; CUDA or else the CPU.
@@ -55,22 +61,23 @@ class FeatureExtractor:
         known = find_extractor(name)
         from torch_fidelity.utils import create_feature_extractor
 
-        self.name = name
+        self.name = known
         self.device = torch.device("cuda" if torch.device(device).type == "cuda" else "cpu")
         layer = _registry()[known].get_default_feature_layer_for_metric("fid")
         try:
             self.module = create_feature_extractor(known, [layer], cuda=self.device.type == "cuda", verbose=False)
         except OSError as error:
             raise ValueError(f"the weights of the extractor {name!r} cannot be loaded: {error}") from error
+        self.resize = "its own" if known in OWN else TENSORFLOW_RESIZE
 
     @torch.no_grad()
     def features(
         self, images: torch.Tensor | Dataset[torch.Tensor], batch_size: int = 64, progress: bool = False
     ) -> torch.Tensor:
-        """Features `(N, D)`, on the CPU, of uint8 images `(N, 3, H, W)`."""
+        """Features `(N, D)`, on the CPU, of uint8 images `(N, 3, H, W)`; of no images `(0,)`."""
         batches = DataLoader(images, batch_size=batch_size)  # type: ignore[arg-type]
         bar = tqdm(batches, f"Features ({self.name})", disable=not progress, leave=False)
-        return torch.cat([self.module(batch.to(self.device))[0].cpu() for batch in bar])
+        return torch.cat([torch.empty(0), *(self.module(batch.to(self.device))[0].cpu() for batch in bar)])
 
 
 def find_extractor(name: str) -> str:

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import torch
 
+from ofadiff.evaluation.feature_statistics import FeatureStatistics
 
-def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
+
+def frechet_distance(features: torch.Tensor, reference: torch.Tensor | FeatureStatistics) -> float:
     """||μ1 - μ2||² + Tr(Σ1 + Σ2 - 2 (Σ1 Σ2)^½), as torch-fidelity computes it.
 
     Biased upwards for few samples; only numbers of equally many samples compare.
 
     Args:
         features: `(N, D)`.
-        reference: `(M, D)`.
+        reference: `(M, D)`, or their statistics.
 
     Raises:
         ValueError: If a set has fewer than two samples.
     """
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    for name, values in (("features", features), ("reference", reference)):
-        if len(values) < 2:
-            raise ValueError(f"{name} has {len(values)} samples; a covariance takes at least 2")
-    statistics = [fid_features_to_statistics(values.double()) for values in (features, reference)]
+    pair = [FeatureStatistics.of(each) if isinstance(each, torch.Tensor) else each for each in (features, reference)]
+    statistics = [{"mu": each.mean.numpy(), "sigma": each.covariance.numpy()} for each in pair]
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from ofadiff.cost import count_macs, example_inputs
 from ofadiff.evaluation import consistency
 from ofadiff.evaluation.clip_score import ClipScorer
 from ofadiff.evaluation.extractors import FeatureExtractor
+from ofadiff.evaluation.feature_statistics import FeatureStatistics
 from ofadiff.evaluation.fid import frechet_distance
 from ofadiff.evaluation.kid import kernel_distance
-from ofadiff.evaluation.measure import measure_latency, measure_peak_memory
+from ofadiff.evaluation.measure import measure_peak_memory
 from ofadiff.evaluation.report import Column
 
 
@@ -24,33 +26,44 @@ from ofadiff.evaluation.report import Column
 class Subject:
     """A model under evaluation; a metric finds here what it said that it needs.
 
+    Of several processes each has its share of the samples. A metric that looks at images is measured by all of them,
+    and `gather`s a value per image; a metric that looks at none, by the main process alone.
+
     Attributes:
         denoiser: Stand-alone: an extracted model, or the teacher.
-        images: Its samples, uint8 `(N, 3, H, W)`.
-        arguments: What the samples were asked for with, a sequence of N values per name (labels, prompts).
+        images: This process' n samples, each uint8 `(3, H, W)`.
+        arguments: What these samples were asked for with, n values per name (labels, prompts).
+        gather: Values of this process' samples `(n, …)` to those of all N samples `(N, …)`.
+        is_main: Whether this is the main process, whose values count.
         teacher_images: The teacher's samples from the same seeds; None for the teacher itself.
-        reference: Features of the reference images `(M, D)`.
+        reference: Statistics of the reference features.
+        reference_features: These features, `(M, D)`.
         extractor: What extracts them.
         clip: What scores images against prompts.
+        latency: Seconds per forward, measured in turns with the other models.
         batch_size: Images per forward when features are extracted.
         cost_batch_size: Images of the forward whose latency and memory are measured.
     """
 
     denoiser: nn.Module
-    images: torch.Tensor
+    images: Dataset[torch.Tensor]
     arguments: Mapping[str, Sequence[Any]]
-    teacher_images: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
+    gather: Callable[[torch.Tensor], torch.Tensor]
+    is_main: bool = True
+    teacher_images: Dataset[torch.Tensor] | None = None
+    reference: FeatureStatistics | None = None
+    reference_features: torch.Tensor | None = None
     extractor: FeatureExtractor | None = None
     clip: ClipScorer | None = None
+    latency: float | None = None
     batch_size: int = 64
     cost_batch_size: int = 1
 
     @cached_property
     def features(self) -> torch.Tensor:
-        """Features of the images `(N, D)`."""
+        """Features of all samples `(N, D)`."""
         assert self.extractor is not None
-        return self.extractor.features(self.images, self.batch_size)
+        return self.gather(self.extractor.features(self.images, self.batch_size))
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,8 @@ class Metric:
     Attributes:
         measure: Values by column name.
         columns: The columns to show; further values are kept in the JSON alone.
-        needs: Of `"images"`, `"reference"`, `"teacher"`, `"prompts"` and `"inputs"` (example inputs of the denoiser),
-            what it takes.
+        needs: What it takes, of `"images"`, `"reference"` (statistics), `"reference images"`, `"teacher"`,
+            `"prompts"`, `"inputs"` (example inputs of the denoiser) and `"memory"` (a device that counts it).
     """
 
     measure: Callable[[Subject], Mapping[str, float | None]]
@@ -97,8 +110,7 @@ def macs(subject: Subject) -> dict[str, float | None]:
 
 def latency(subject: Subject) -> dict[str, float | None]:
     """Seconds per forward."""
-    inputs = example_inputs(subject.denoiser, subject.cost_batch_size)
-    return {"latency": measure_latency(subject.denoiser, inputs)}
+    return {"latency": subject.latency}
 
 
 def memory(subject: Subject) -> dict[str, float | None]:
@@ -110,42 +122,56 @@ def memory(subject: Subject) -> dict[str, float | None]:
 def fid(subject: Subject) -> dict[str, float | None]:
     """Fréchet distance to the reference images."""
     assert subject.reference is not None
-    return {"fid": frechet_distance(subject.features, subject.reference)}
+    features = subject.features
+    return {"fid": frechet_distance(features, subject.reference)} if subject.is_main else {}
 
 
 def kid(subject: Subject) -> dict[str, float | None]:
     """Kernel distance to the reference images."""
-    assert subject.reference is not None
-    mean, deviation = kernel_distance(subject.features, subject.reference)
+    assert subject.reference_features is not None
+    features = subject.features
+    if not subject.is_main:
+        return {}
+    mean, deviation = kernel_distance(features, subject.reference_features)
     return {"kid": mean, "kid_std": deviation}
 
 
 def clip_score(subject: Subject) -> dict[str, float | None]:
     """Mean cosine of images and their prompts."""
     assert subject.clip is not None
-    return {"clip_score": subject.clip.score(subject.images, subject.arguments["prompt"], subject.batch_size)}
+    scores = subject.clip.scores(subject.images, subject.arguments["prompt"], subject.batch_size)
+    return {"clip_score": subject.gather(scores).double().mean().item()}
 
 
 def psnr(subject: Subject) -> dict[str, float | None]:
     """Mean PSNR with the teacher's images."""
-    teacher = subject.teacher_images
-    return {"psnr": None if teacher is None else consistency.psnr(subject.images, teacher)}
+    return {"psnr": _mean_over_pairs(subject, consistency.psnr)}
 
 
 def ssim(subject: Subject) -> dict[str, float | None]:
     """Mean SSIM with the teacher's images."""
-    teacher = subject.teacher_images
-    return {"ssim": None if teacher is None else consistency.ssim(subject.images, teacher)}
+    return {"ssim": _mean_over_pairs(subject, consistency.ssim)}
+
+
+def _mean_over_pairs(subject: Subject, compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float | None:
+    """Mean of what compares the samples with the teacher's."""
+    if subject.teacher_images is None:
+        return None
+    batches = [DataLoader(images, subject.batch_size) for images in (subject.images, subject.teacher_images)]
+    values = [compare(ours, theirs) for ours, theirs in zip(*batches, strict=True)]
+    return subject.gather(torch.cat([torch.empty(0), *values])).mean().item()
 
 
 # A new metric is one file and one line here.
 METRICS: dict[str, Metric] = {
     "macs": Metric(macs, {"macs": Column("MACs", "count", better="lower")}, needs=("inputs",)),
     "latency": Metric(latency, {"latency": Column("latency", "seconds", better="lower")}, needs=("inputs",)),
-    "memory": Metric(memory, {"memory": Column("memory", "bytes", better="lower")}, needs=("inputs",)),
+    "memory": Metric(memory, {"memory": Column("memory", "bytes", better="lower")}, needs=("inputs", "memory")),
     "fid": Metric(fid, {"fid": Column("FID", better="lower", plotted=True)}, needs=("images", "reference")),
     "kid": Metric(
-        kid, {"kid": Column("KID", digits=4, better="lower", spread="kid_std")}, needs=("images", "reference")
+        kid,
+        {"kid": Column("KID", digits=4, better="lower", spread="kid_std")},
+        needs=("images", "reference", "reference images"),
     ),
     "clip_score": Metric(
         clip_score,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
+from ofadiff.evaluation.saved_images import SavedImages
+from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
 
 # What `generate` gives to a pipeline's call itself, or what would change how many images come of it.
@@ -61,42 +64,112 @@ def generate(
 
     Raises:
         ValueError: If a number is below 1, `size` is none of the pipeline's sizes, an argument has no values or is none
-            of the pipeline's, or a text-to-image pipeline gets no prompts.
+            of the pipeline's, a text-to-image pipeline gets no prompts, or the scheduler ignores generators.
 
     Example:
         >>> images = generate(pipeline, 8, size=0.5, arguments={"class_labels": range(10)})
     """
-    for name, value in (
-        ("num_samples", num_samples),
-        ("batch_size", batch_size),
-        ("num_inference_steps", num_inference_steps),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if size is not None and not isinstance(pipeline, OFAPipeline):
         raise ValueError(f"size is {size!r}, but this {type(pipeline).__name__} is no OFAPipeline, so it has no sizes")
-    arguments = default_arguments(pipeline) if arguments is None else arguments
-    call_arguments = {} if call_arguments is None else call_arguments
-    check_arguments(pipeline, arguments, call_arguments)
-    at_size = {} if size is None else {"size": size}
-    images = []
-    with evaluation_mode(pipeline), tqdm(total=num_samples, desc=description, disable=not progress) as bar:
-        for first in range(0, num_samples, batch_size):
-            indices = range(first, min(first + batch_size, num_samples))
-            condition: dict[str, Any] = {
-                name: [values[i % len(values)] for i in indices] for name, values in arguments.items()
-            }
-            batch = pipeline(
-                **(condition or {"batch_size": len(indices)}),
-                **call_arguments,
-                **at_size,
-                generator=[torch.Generator().manual_seed(seed + i) for i in indices],
-                num_inference_steps=num_inference_steps,
-                output_type="pt",
-            ).images
-            images.append(_to_uint8(batch))
-            bar.update(len(indices))
-    return torch.cat(images)
+    sampling = Sampling.of(pipeline, seed, num_inference_steps, arguments, call_arguments)
+    sampling.check(pipeline)
+    images: dict[int, torch.Tensor] = {}
+    share = Share(num_samples, batch_size, Processes())
+    draw_share(pipeline, sampling, share, images, progress, description, size)
+    return torch.stack([images[index] for index in share.indices])
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn from a pipeline, see `generate`."""
+
+    seed: int
+    num_inference_steps: int
+    arguments: Mapping[str, Sequence[Any]]
+    call_arguments: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        pipeline: DiffusionPipeline,
+        seed: int,
+        num_inference_steps: int,
+        arguments: Mapping[str, Sequence[Any]] | None,
+        call_arguments: Mapping[str, Any] | None,
+    ) -> Sampling:
+        """The settings of `generate`, with the pipeline's defaults where there are none.
+
+        Raises:
+            ValueError: If there are no denoising steps.
+        """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
+        arguments = default_arguments(pipeline) if arguments is None else arguments
+        return cls(seed, num_inference_steps, arguments, {} if call_arguments is None else call_arguments)
+
+    def check(self, pipeline: DiffusionPipeline) -> None:
+        """Raises ValueError if the pipeline cannot be called like this."""
+        check_arguments(pipeline, self.arguments, self.call_arguments)
+
+    def condition(self, indices: Sequence[int]) -> dict[str, Any]:
+        """What the call takes for each of these images."""
+        return {name: [values[i % len(values)] for i in indices] for name, values in self.arguments.items()}
+
+    def draw(
+        self, pipeline: DiffusionPipeline, indices: Sequence[int], size: float | str | None = None
+    ) -> torch.Tensor:
+        """These images, in one call: uint8 `(len(indices), 3, H, W)`.
+
+        All noise comes from the images' own generators, which are on the CPU, so that devices draw the same.
+
+        Raises:
+            ValueError: If the pipeline's scheduler draws noise elsewhere: the images would depend on the batch.
+        """
+        condition = self.condition(indices) or {"batch_size": len(indices)}
+        before = _global_random_states(pipeline.device)
+        images = pipeline(
+            **condition,
+            **self.call_arguments,
+            **({} if size is None else {"size": size}),
+            generator=[torch.Generator().manual_seed(self.seed + i) for i in indices],
+            num_inference_steps=self.num_inference_steps,
+            output_type="pt",
+        ).images
+        if not all(map(torch.equal, before, _global_random_states(pipeline.device))):
+            raise ValueError(
+                f"this {type(pipeline).__name__} draws noise from PyTorch's global generator (its scheduler is a "
+                f"{type(pipeline.components.get('scheduler')).__name__}), so no image depends on its seed alone; "
+                "choose another scheduler"
+            )
+        return _to_uint8(images)
+
+
+def draw_share(
+    pipeline: DiffusionPipeline,
+    sampling: Sampling,
+    share: Share,
+    images: SavedImages | dict[int, torch.Tensor],
+    progress: bool = False,
+    description: str = "Sampling",
+    size: float | str | None = None,
+) -> None:
+    """Draws the images of a share that are not there yet.
+
+    A batch that lacks an image is drawn as a whole, so that nothing depends on what was there.
+    """
+    bar = tqdm(total=len(share.indices), desc=description, disable=not progress)
+    with evaluation_mode(pipeline), bar:
+        for batch in share.batches:
+            absent = [index for index in batch if index not in images]
+            if absent:
+                drawn = sampling.draw(pipeline, batch, size)
+                for index in absent:
+                    images[index] = drawn[index - batch[0]]
+            bar.update(len(batch))
 
 
 def default_arguments(pipeline: DiffusionPipeline) -> dict[str, Sequence[Any]]:
@@ -152,6 +225,10 @@ def evaluation_mode(pipeline: DiffusionPipeline) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         pipeline.set_progress_bar_config(**bars)
+
+
+def _global_random_states(device: torch.device) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ def test_kernel_distance_of_one_distribution_is_zero_up_to_its_spread():
 
 
 def test_too_few_samples_are_errors():
-    with pytest.raises(ValueError, match="features has 1 samples; a covariance takes at least 2"):
+    with pytest.raises(ValueError, match="there are 1 samples; a covariance takes at least 2"):
         frechet_distance(features(1, 0), features(9, 1))
     with pytest.raises(ValueError, match="the smaller set has 3 samples"):
         kernel_distance(features(9, 0), features(3, 1))

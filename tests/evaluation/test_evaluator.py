@@ -1,8 +1,9 @@
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_unet
+from conftest import make_unet, plain_unet
 from diffusers import DDPMScheduler, DiffusionPipeline
 from evaluation.random_images import random_images
 from PIL import Image
@@ -11,6 +12,7 @@ from ofadiff import evaluate
 from ofadiff.cost import count_macs, count_parameters
 from ofadiff.evaluation import METRICS, generate
 from ofadiff.evaluation.extractors import FeatureExtractor
+from ofadiff.evaluation.feature_statistics import FeatureStatistics
 from ofadiff.evaluation.fid import frechet_distance
 from ofadiff.pipelines import ClassConditionalDDPMPipeline
 
@@ -32,7 +34,7 @@ def no_sampling(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("sampled")
 
-    monkeypatch.setattr("ofadiff.evaluation.evaluator.generate", refuse)
+    monkeypatch.setattr("ofadiff.evaluation.sampling.Sampling.draw", refuse)
 
 
 def test_there_is_a_row_per_model_with_every_metric(report):
@@ -84,6 +86,28 @@ def test_a_plain_pipeline_has_one_row(pipeline, teacher):
     assert report.rows[1].values["reached"] == pytest.approx(0.5, abs=0.005)
 
 
+def test_other_pipelines_stand_beside_the_sizes(pipeline, teacher):
+    compare = {"not trained": pipeline, "cut": pipeline.extract(0.5)}
+    report = evaluate(pipeline, teacher=teacher, compare=compare, sizes=[0.5], metrics=["psnr"], **QUICK)
+    rows = [(row.series, row.label, row.size) for row in report.rows]
+    assert rows[:2] == [("teacher", "teacher", None), ("OFA", "0.5", 0.5)]
+    assert rows[2:] == [("not trained", "0.5", 0.5), ("cut", "model", None)]
+    _, own, *others = report.rows
+    for row in others:
+        assert row.values["psnr"] == own.values["psnr"] and row.values["reached"] == own.values["reached"]
+    assert set(report.images) == {"teacher", "0.5"}
+
+
+def test_a_tensor_of_references_is_resized_too(pipeline, reference):
+    options = {"metrics": ["fid"], "sizes": [0.5], **QUICK}
+    double = reference.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
+    same, other = (evaluate(pipeline, reference=images, **options) for images in (reference, double))
+    # Twice every pixel, and half of that again: the filter blurs a little.
+    assert other.rows[0].values["fid"] == pytest.approx(same.rows[0].values["fid"], rel=0.1)
+    assert other.protocol["reference resized"].startswith("centre crop, then Pillow's bicubic")
+    assert other.protocol["resized for the features"] == "its own"
+
+
 def test_reference_images_of_a_folder_are_resized(pipeline, tmp_path):
     for index, image in enumerate(random_images(6, size=32)):
         (tmp_path / "deep").mkdir(exist_ok=True)
@@ -106,6 +130,15 @@ def test_what_cannot_work_is_said_before_sampling(pipeline, teacher, reference, 
     fails("'ssim' cannot be measured: there is no teacher", metrics=["ssim"])
     fails(r"size is 0\.3; it must be one of 0\.5, 1", sizes=[0.3])
     fails(r"sizes is empty; choose some of 0\.5, 1", sizes=[])
+    other = {"compare": {"other": ClassConditionalDDPMPipeline(teacher.unet, DDPMScheduler())}}
+    fails("the 'other' samples with DDPMScheduler, the pipeline with DDIMScheduler", **other)
+    fails("'a/b' cannot be the name of a pipeline to compare with", compare={"a/b": pipeline})
+    fails("'OFA' cannot be the name", compare={"OFA": pipeline})
+    fails("save_reference_statistics needs reference images", save_reference_statistics=tmp_path / "real.safetensors")
+    fails("num_shown is 0; it must be at least 1", num_shown=0)
+    statistics = FeatureStatistics(torch.zeros(6), torch.eye(6), 9, "other", "none", "16x16")
+    statistics.save(tmp_path / "statistics" / "real.safetensors")
+    fails("are those of the extractor 'other', not 'tiny'", reference=tmp_path / "statistics" / "real.safetensors")
     fails("extractor is 'nothing'", reference=reference, extractor="nothing")
     fails("8 samples and 3 reference images; FID and KID take 4 of each", reference=reference[:3])
     fails(r"reference images are torch\.float32", reference=reference.float())
@@ -115,6 +148,19 @@ def test_what_cannot_work_is_said_before_sampling(pipeline, teacher, reference, 
     fails("1 of 1 images cannot be read: .*broken.png", reference=tmp_path)
     other = ClassConditionalDDPMPipeline(teacher.unet, DDPMScheduler())
     fails("the teacher samples with DDPMScheduler, the pipeline with DDIMScheduler", teacher=other)
+
+
+def test_what_the_trial_images_tell_is_said_before_sampling(pipeline, teacher, monkeypatch, tmp_path):
+    monkeypatch.setattr("ofadiff.evaluation.evaluator.draw_share", None)
+    np.savez(tmp_path / "real.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(ValueError, match="are of 5 features, the extractor has 6"):
+        evaluate(pipeline, reference=tmp_path / "real.npz", **QUICK)
+    unet = plain_unet(in_channels=1, out_channels=1, num_class_embeds=10, sample_size=8)
+    other = ClassConditionalDDPMPipeline(unet, pipeline.scheduler)
+    with pytest.raises(ValueError, match="teacher makes images of 16x16 pixels, small/model of 8x8"):
+        evaluate(pipeline, teacher=teacher, sizes=[0.5], compare={"small": other}, metrics=["psnr"], **QUICK)
+    with pytest.raises(ValueError, match="images are 8x8; SSIM takes at least 11 pixels"):
+        evaluate(other, teacher=other, metrics=["ssim"], **QUICK)
 
 
 class NoDenoiser(DiffusionPipeline):

@@ -1,10 +1,12 @@
+import statistics
+
 import pytest
 import torch
 from conftest import make_unet
 from torch import nn
 
 from ofadiff.cost import example_inputs
-from ofadiff.evaluation.measure import measure_latency, measure_peak_memory
+from ofadiff.evaluation.measure import REPEATS, WARM_UP, measure_latencies, measure_peak_memory
 
 
 class Chain(nn.Module):
@@ -48,16 +50,30 @@ def test_peak_memory_on_other_devices_is_an_error():
         measure_peak_memory(Chain().to("meta"), {"x": torch.zeros(1, 256, device="meta")})
 
 
-def test_latency_is_the_median_of_the_forwards_after_the_warm_up(monkeypatch):
-    clock = iter([0, 50, 0, 50, 0, 3, 0, 9, 0, 4])  # two slow ones first, then 3, 9 and 4 seconds
-    monkeypatch.setattr("ofadiff.evaluation.measure.time.perf_counter", lambda: next(clock))
-    model = Chain()
-    assert measure_latency(model, {"x": torch.zeros(1, 256)}, warmup=2, repeats=3) == 4
-    assert model.calls == 5
+def test_models_are_timed_in_turns_and_get_their_medians(monkeypatch):
+    models = {name: make_unet("plain") for name in ("slow", "fast")}
+    calls = []
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    now = 0
+
+    def clock():  # a forward takes as long as there were forwards before it, and a slow one 100 more
+        nonlocal now
+        now += len(calls) + 100 * (calls[-1] == "slow")
+        return now
+
+    monkeypatch.setattr("ofadiff.evaluation.measure.time.perf_counter", clock)
+    latencies = measure_latencies(models.items, rounds=2)
+    forwards = WARM_UP + REPEATS
+    assert calls == 2 * (forwards * ["slow"] + forwards * ["fast"])
+    timed = {name: [at for at, call in enumerate(calls, 1) if call == name] for name in models}
+    timed = {name: [*places[WARM_UP:forwards], *places[forwards + WARM_UP :]] for name, places in timed.items()}
+    assert latencies["slow"] == 100 + statistics.median(timed["slow"])
+    assert latencies["fast"] == statistics.median(timed["fast"])
 
 
 def test_bad_numbers_and_unknown_models_are_errors():
-    with pytest.raises(ValueError, match="repeats is 0"):
-        measure_latency(Chain(), {"x": torch.zeros(1, 256)}, repeats=0)
+    with pytest.raises(ValueError, match="rounds is 0"):
+        measure_latencies(dict, rounds=0)
     with pytest.raises(ValueError, match="no example inputs are known for Chain"):
-        measure_latency(Chain())
+        measure_latencies({"chain": Chain()}.items)

@@ -1,9 +1,18 @@
 import pytest
 import torch
 from conftest import plain_unet
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionPipeline,
+)
+from tiny_stable_diffusion import save_stable_diffusion
+from torch import nn
 
 from ofadiff.evaluation import generate
+from ofadiff.pipelines import ClassConditionalDDPMPipeline
 
 
 def difference(images, others):
@@ -21,11 +30,60 @@ def test_an_image_depends_on_its_seed_and_not_on_the_batch(pipeline):
     assert all(difference(image, other) > 1 for image, other in zip(whole, shifted, strict=True))
 
 
-def test_a_sampler_that_draws_noise_in_every_step_keeps_to_the_seeds():
+def unconditional(folder):
+    torch.manual_seed(0)
+    return DDPMPipeline(plain_unet(), DDPMScheduler()), {}
+
+
+def class_conditional(folder):
+    torch.manual_seed(0)
+    unet = plain_unet(num_class_embeds=3)
+    return ClassConditionalDDPMPipeline(unet, EulerAncestralDiscreteScheduler()), {}
+
+
+def text_to_image(folder):
+    save_stable_diffusion(folder / "sd")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "sd", safety_checker=None)
+    pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
+    return pipeline, {"arguments": {"prompt": ["a cat", "two dogs"]}}
+
+
+# diffusers' Euler schedulers make NumPy arrays of tensors in a way that NumPy 2 deprecates.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("make", [unconditional, class_conditional, text_to_image])
+def test_noise_of_every_step_depends_on_the_seed_alone(make, tmp_path):
+    """A model that predicts nothing leaves noise alone, and that is the same to the last bit."""
+    pipeline, options = make(tmp_path)
+    options |= {"num_inference_steps": 3}
+    images = [generate(pipeline, 3, batch_size=batch_size, **options) for batch_size in (3, 2)]
+    assert difference(*images) <= 1
+    seen = []
+    for parameter in pipeline.unet.conv_out.parameters():
+        nn.init.zeros_(parameter)
+    pipeline.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    noise = []
+    for batch_size in (3, 2):
+        seen.clear()
+        generate(pipeline, 3, batch_size=batch_size, **options)
+        copies = len(seen[0]) // batch_size  # two with guidance
+        steps = [torch.cat([part.chunk(copies)[0] for part in seen[step::3]]) for step in range(3)]
+        noise.append(torch.stack(steps))
+    assert torch.equal(*noise)
+    assert noise[0].diff(dim=1).abs().min() > 0  # every image has its own
+
+
+def test_a_sampler_with_noise_of_its_own_is_refused():
+    class Careless(DDIMScheduler):
+        def step(self, *args, **kwargs):
+            out = super().step(*args, **kwargs)
+            out.prev_sample += torch.randn_like(out.prev_sample)
+            return out
+
     torch.manual_seed(0)
     pipeline = DDPMPipeline(plain_unet(), DDPMScheduler())
-    whole = generate(pipeline, 3, batch_size=3, num_inference_steps=3)
-    assert difference(whole, generate(pipeline, 3, batch_size=2, num_inference_steps=3)) <= 1
+    pipeline.scheduler = Careless()
+    with pytest.raises(ValueError, match=r"DDPMPipeline draws noise from PyTorch's global generator .* a Careless"):
+        generate(pipeline, 1, num_inference_steps=1)
 
 
 def test_arguments_are_used_in_turn(pipeline):

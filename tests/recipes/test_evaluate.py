@@ -1,8 +1,11 @@
+import shutil
+
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import make_supernet, plain_unet
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from evaluation.tiny_clip import save_clip
 from PIL import Image
 from tiny_stable_diffusion import save_stable_diffusion
@@ -10,6 +13,7 @@ from torch import nn
 
 from ofadiff import OFAPipeline
 from ofadiff.evaluation import Report, register_extractor
+from ofadiff.evaluation.saved_images import SavedImages
 from recipes.evaluate import command_line, main
 
 
@@ -55,7 +59,6 @@ def flags(files, tmp_path):
             "num_samples": 6,
             "num_shown": 2,
             "num_inference_steps": 2,
-            "device": "cpu",
             "output_dir": tmp_path / "out",
         }
         settings |= options
@@ -63,6 +66,25 @@ def flags(files, tmp_path):
         return [word for name, value in given.items() for word in (f"--{name}", *str(value).split())]
 
     return flags
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+def samples(folder):
+    """Content of the images in an output folder, by path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("samples/**/*.png"))}
+
+
+def values(folder):
+    """What was measured, without what depends on how busy the machine is."""
+    report = Report.from_json(folder / "report.json")
+    return [
+        (row.series, row.label, {k: v for k, v in row.values.items() if k not in ("latency", "memory")})
+        for row in report.rows
+    ]
 
 
 def test_the_report_of_a_checkpoint(flags, tmp_path, capsys):
@@ -111,9 +133,126 @@ def test_text_to_image_takes_a_file_of_prompts(flags, tmp_path, capsys):
     assert "makes images of prompts, and there are none; give" in capsys.readouterr().err
 
 
+# The extractor of these tests, in a process of its own.
+DRIVER = """
+from torch import nn
+from ofadiff.evaluation import register_extractor
+from recipes.evaluate import main
+
+class Means(nn.Module):
+    def forward(self, images):
+        return nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+register_extractor("means", Means())
+main()
+"""
+
+
+def test_two_processes_make_the_report_of_one(flags, files, launch, tmp_path):
+    # Five batches: the first process has three of them, the second two.
+    options = {"num_samples": 9, "batch_size": 2, "compare": f"again={files / 'size-0.5'}", "sizes": "0.5"}
+    options |= {"metrics": "fid kid psnr ssim latency", "scheduler": "ddpm"}
+    (tmp_path / "driver.py").write_text(DRIVER)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = launch(tmp_path / "driver.py", flags(output_dir=tmp_path / "two", **options), launcher)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("report.html shows it all") == 1
+    main(flags(output_dir=tmp_path / "one", **options))
+    one = samples(tmp_path / "one")
+    assert len(one) == 3 * 9 and samples(tmp_path / "two") == one
+    assert values(tmp_path / "two") == values(tmp_path / "one")
+    shown = [(tmp_path / name / "samples.png").read_bytes() for name in ("one", "two")]
+    assert shown[0] == shown[1]
+    report = Report.from_json(tmp_path / "two" / "report.json")
+    assert report.protocol["batches"] == "2 images, 2 processes"
+    assert all(row.values["latency"] > 0 for row in report.rows)
+
+
+def test_a_killed_evaluation_goes_on_with_what_is_missing(flags, tmp_path, monkeypatch):
+    options = {"batch_size": 2, "scheduler": "ddpm", "metrics": "kid psnr", "sizes": "0.5"}
+    main(flags(output_dir=tmp_path / "whole", **options))
+    whole = samples(tmp_path / "whole")
+    write, written = SavedImages.__setitem__, []
+
+    def die(self, index, image):
+        if len(written) == 7:
+            raise KeyboardInterrupt
+        write(self, index, image)
+        written.append(index)
+
+    monkeypatch.setattr(SavedImages, "__setitem__", die)
+    with pytest.raises(KeyboardInterrupt):
+        main(flags(**options))
+    left = samples(tmp_path / "out")
+    assert len(left) == 7 and left.items() <= whole.items()
+    cut = tmp_path / "out" / sorted(left)[0]
+    cut.write_bytes(cut.read_bytes()[:-3])
+
+    written.clear()
+    monkeypatch.setattr(SavedImages, "__setitem__", lambda *a: (write(*a), written.append(a[1])))
+    main(flags(**options))
+    assert samples(tmp_path / "out") == whole and len(written) == 2 * 6 - 7 + 1
+    assert values(tmp_path / "out") == values(tmp_path / "whole")
+    # More images add to those there are, and another batch size changes none but by rounding.
+    written.clear()
+    main(flags(**options | {"num_samples": 7, "batch_size": 7}))
+    assert written == [6, 6]
+
+
+def test_images_of_another_protocol_are_not_mixed_in(flags, files, tmp_path, capsys):
+    main(flags(metrics="psnr", sizes="0.5", num_inference_steps=1))
+    before = samples(tmp_path / "out")
+
+    def refused(message, **options):
+        with pytest.raises(SystemExit):
+            main(flags(metrics="psnr", sizes="0.5", **{"num_inference_steps": 1, **options}))
+        assert message in capsys.readouterr().err
+        assert samples(tmp_path / "out") == before
+
+    refused("were made with denoising steps 1, not 2; choose another folder", num_inference_steps=2)
+    refused("were made with first seed 0, not 7", seed=7)
+    refused("were made with scheduler DDPMScheduler, not DDIMScheduler", scheduler="ddim")
+    refused("were made with precision float32, not bfloat16", dtype="bfloat16")
+    shutil.copytree(files / "teacher", tmp_path / "teacher")
+    unet = UNet2DModel.from_pretrained(tmp_path / "teacher" / "unet")
+    with torch.no_grad():
+        unet.conv_in.bias[0] += 1e-3
+    unet.save_pretrained(tmp_path / "teacher" / "unet")
+    refused("teacher were made with weights of unet SHA-256", teacher=tmp_path / "teacher")
+    main([*flags(metrics="psnr", sizes="0.5"), "--overwrite_output_dir"])
+    assert samples(tmp_path / "out").keys() == before.keys() and samples(tmp_path / "out") != before
+
+
+def test_statistics_stand_in_for_images(flags, files, tmp_path, capsys):
+    options = {"teacher": None, "metrics": "fid", "sizes": "0.5"}
+    saved = tmp_path / "real.safetensors"
+    main(flags(save_reference_statistics=saved, **options))
+    options |= {"reference_dir": None, "reference_statistics": saved}
+    main(flags(output_dir=tmp_path / "other", **options))
+    assert values(tmp_path / "other") == values(tmp_path / "out")
+    protocol = Report.from_json(tmp_path / "other" / "report.json").protocol
+    assert protocol["reference"] == "statistics of 8 images, real.safetensors"
+    assert protocol["reference resized"].startswith("centre crop")
+    options |= {"output_dir": tmp_path / "third", "metrics": "fid kid"}
+    with pytest.raises(SystemExit):
+        main(flags(**options))
+    assert "'kid' cannot be measured: there are statistics of the reference images" in capsys.readouterr().err
+
+
+def test_a_data_set_is_a_reference(flags, files, tmp_path):
+    paths = [str(path) for path in sorted((files / "images").iterdir())]
+    images = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"validation": images}).save_to_disk(tmp_path / "data")
+    options = {"teacher": None, "metrics": "kid", "sizes": "0.5"}
+    main(flags(reference_dir=None, reference_dataset_name=tmp_path / "data", **options))
+    main(flags(output_dir=tmp_path / "other", **options))
+    assert values(tmp_path / "other") == values(tmp_path / "out")
+
+
 def test_paths_of_this_machine_stay_out_of_the_command():
-    words = ["--checkpoint", "/home/me/ofa", "--output_dir", "out dir"]
-    assert command_line(words) == "python recipes/evaluate.py --checkpoint ofa --output_dir 'out dir'"
+    words = ["--checkpoint", "/home/me/ofa", "--compare", "old=/home/me/old", "--output_dir", "out dir"]
+    expected = "python recipes/evaluate.py --checkpoint ofa --compare old=old --output_dir 'out dir'"
+    assert command_line(words) == expected
 
 
 @pytest.mark.parametrize(
@@ -129,6 +268,12 @@ def test_paths_of_this_machine_stay_out_of_the_command():
         ({"prompts_file": "nowhere"}, "nowhere is not a file of prompts"),
         ({"reference_dir": "nowhere"}, "nowhere is not a folder of images"),
         ({"extractor": "nothing"}, "extractor is 'nothing'; it must be one of inception"),
+        ({"compare": "nowhere"}, "--compare nowhere is not NAME=FOLDER"),
+        ({"compare": "a=nowhere"}, "nowhere holds no model_index.json"),
+        ({"reference_statistics": "nowhere"}, "exclude each other"),
+        ({"reference_dir": None, "reference_statistics": "nowhere"}, "nowhere is not a file"),
+        ({"reference_dir": None, "reference_dataset_name": "nowhere"}, "cannot load the data set 'nowhere'"),
+        ({"save_reference_statistics": "real.npz"}, "real.npz does not end in .safetensors"),
         ({"num_samples": "0"}, "'0' is not a whole number of at least 1"),
     ],
 )

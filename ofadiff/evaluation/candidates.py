@@ -1,0 +1,108 @@
+"""What an evaluation compares: the teacher, every size, and other pipelines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ofadiff.evaluation.report import JOINT, TEACHER, Row
+from ofadiff.pipelines import OFAPipeline
+
+DENOISERS = ("unet", "transformer")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row to fill, and the pipeline that its model comes from."""
+
+    row: Row
+    source: DiffusionPipeline
+
+    @property
+    def name(self) -> str:
+        """A name of its own: `"teacher"`, `"0.5"`, and of another series `"not trained/0.5"`."""
+        own = self.row.series in (JOINT, TEACHER)
+        return self.row.label if own else f"{self.row.series}/{self.row.label}"
+
+    def load(self) -> DiffusionPipeline:
+        """The stand-alone pipeline: of a size, around the extracted model."""
+        return self.source if self.row.size is None else self.source.extract(self.row.size)
+
+
+def list_candidates(
+    pipeline: DiffusionPipeline,
+    teacher: DiffusionPipeline | None,
+    compare: Mapping[str, DiffusionPipeline],
+    sizes: Sequence[float] | None,
+) -> list[Candidate]:
+    """The teacher, the sizes from the largest down, then those of every other pipeline.
+
+    Raises:
+        ValueError: If a pipeline has no such size or no denoiser, samples with another scheduler, or has a name that
+            cannot be one.
+    """
+    candidates = [] if teacher is None else [Candidate(Row(TEACHER, TEACHER), teacher)]
+    for size in _choose_sizes(pipeline, sizes):
+        candidates.append(Candidate(_row(JOINT, size), pipeline))
+    for name, other in compare.items():
+        if name in (JOINT, TEACHER) or not re.fullmatch(r"\w[\w .-]*", name):
+            raise ValueError(
+                f"{name!r} cannot be the name of a pipeline to compare with; take letters, digits, spaces and ._-, but "
+                f"not {JOINT!r} or {TEACHER!r}"
+            )
+        own_sizes = sizes if isinstance(other, OFAPipeline) else None
+        candidates += [Candidate(_row(name, size), other) for size in _choose_sizes(other, own_sizes)]
+    for candidate in candidates:
+        denoiser_of(candidate.source)  # there has to be one
+        _check_schedulers(candidate, pipeline)
+    return candidates
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> Any:
+    """The denoiser among a pipeline's components.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for name in DENOISERS:
+        if isinstance(pipeline.components.get(name), nn.Module):
+            return pipeline.components[name]
+    raise ValueError(
+        f"this {type(pipeline).__name__} has no denoiser: none of its components {', '.join(pipeline.components)} is "
+        f"{' or '.join(DENOISERS)}"
+    )
+
+
+def _row(series: str, size: float | None) -> Row:
+    return Row("model", series) if size is None else Row(str(size), series, size)
+
+
+def _choose_sizes(pipeline: DiffusionPipeline, sizes: Sequence[float] | None) -> list[Any]:
+    """Sizes from the largest down; None, the model as it is, of a pipeline that has no sizes."""
+    if not isinstance(pipeline, OFAPipeline):
+        if sizes:
+            raise ValueError(f"sizes are {list(sizes)}, but this {type(pipeline).__name__} is no OFAPipeline")
+        return [None]
+    chosen = pipeline.sizes if sizes is None else [pipeline.subnets.find(size).size for size in sizes]
+    if not chosen:
+        raise ValueError(f"sizes is empty; choose some of {', '.join(f'{size:g}' for size in pipeline.sizes)}")
+    return sorted(set(chosen), reverse=True)
+
+
+def _check_schedulers(candidate: Candidate, pipeline: DiffusionPipeline) -> None:
+    """Images are compared seed by seed, so the samplers have to be the same."""
+    ours, theirs = (each.components.get("scheduler") for each in (pipeline, candidate.source))
+    if ours is None or theirs is None:
+        return
+    configs = [{k: v for k, v in each.config.items() if not k.startswith("_")} for each in (ours, theirs)]
+    if type(ours) is not type(theirs) or configs[0] != configs[1]:
+        who = TEACHER if candidate.row.series == TEACHER else repr(candidate.row.series)
+        raise ValueError(
+            f"the {who} samples with {type(theirs).__name__}, the pipeline with {type(ours).__name__}, or with other "
+            "settings; give both the same scheduler"
+        )
