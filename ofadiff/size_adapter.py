@@ -111,8 +111,10 @@ class SizeAdapter:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """As `from_state_dict` takes it."""
-        sides = ((name, update) for name, update in self.updates.items())
-        return {key: tensor for name, u in sides for key, tensor in ((name + DOWN, u.down), (name + UP, u.up))}
+        tensors = {}
+        for name, update in self.updates.items():
+            tensors |= {name + DOWN: update.down, name + UP: update.up}
+        return tensors
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes what peft would: `PeftModel.from_pretrained(extracted_model, directory)` reads it too."""

@@ -22,10 +22,9 @@ from pathlib import Path
 import compress_ddpm
 import compress_sd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from compression_run import (
     PRECISIONS,
-    SHARDED,
     AddTo,
     Setup,
     begin,
@@ -55,7 +54,7 @@ from ofadiff.training.losses import Prepare
 from ofadiff.training.single_size import SingleSize
 from ofadiff.training.train import TrainingResult, run_values
 
-# Two recipes make checkpoints; what each knows of its models: flags, data and frozen parts, columns of sample images.
+# The flags that only one kind of checkpoint has.
 PIXELS, TEXT_TO_IMAGE = "pixel checkpoints only", "text-to-image checkpoints only"
 FLAGS: dict[str, Callable[[AddTo], None]] = {PIXELS: compress_ddpm.add_flags, TEXT_TO_IMAGE: compress_sd.add_flags}
 
@@ -82,10 +81,10 @@ def set_up(args: argparse.Namespace) -> Setup:
     check_adapter_flags(args)
     check_teacher(args)
     accelerator = begin(run_arguments(args))
-    if accelerator.distributed_type in SHARDED:
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, which splits the weights; one size is "
-            "trained whole on every device: choose plain multi-GPU in `accelerate config`"
+            f"accelerate is configured for {accelerator.distributed_type.value}; one size is trained whole on every "
+            "device: choose plain multi-GPU in `accelerate config`"
         )
 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
