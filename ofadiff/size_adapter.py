@@ -111,7 +111,7 @@ class SizeAdapter:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """As `from_state_dict` takes it."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, update in self.updates.items():
             tensors |= {name + DOWN: update.down, name + UP: update.up}
         return tensors
