@@ -191,25 +191,23 @@ def measure(
     # Prompts from all over the list, whatever the number of samples.
     stride = len(captions) / setting.num_samples
     prompts = [captions[int(index * stride)] for index in range(setting.num_samples)]
-    protocol = {
-        "reference": reference,
-        "extractor": EXTRACTOR,
-        "clip_model": folder / "clip",
-        "num_samples": setting.num_samples,
-        "num_inference_steps": INFERENCE_STEPS,
-        "arguments": {"prompt": prompts},
-        "call_arguments": {"guidance_scale": GUIDANCE_SCALE},
-        "batch_size": 100,
-        "seed": args.seed,
-    }
     report = evaluate(
         joint,
+        reference=reference,
         teacher=original,
+        compare={UNTRAINED: untrained},
+        num_samples=setting.num_samples,
+        batch_size=100,
+        seed=args.seed,
+        num_inference_steps=INFERENCE_STEPS,
+        arguments={"prompt": prompts},
+        call_arguments={"guidance_scale": GUIDANCE_SCALE},
+        extractor=EXTRACTOR,
+        clip_model=folder / "clip",
+        samples_dir=folder / "samples",
         title="Emoji from their names: one Stable Diffusion, every size",
         command=f"python benchmarks/emoji.py --setting {args.setting}",
-        **protocol,
     )
-    report.add_baseline(UNTRAINED, evaluate(untrained, metrics=("fid", "kid", "clip_score"), **protocol))
     report.write(folder)
     return report
 

@@ -178,24 +178,20 @@ def measure(folder: Path, reference: torch.Tensor, result: TrainingResult, args:
     teacher = ClassConditionalDDPMPipeline(denoiser, pipelines["ofa"].scheduler)
     for pipeline in (*pipelines.values(), teacher):
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    protocol = {
-        "reference": reference,
-        "extractor": EXTRACTOR,
-        "num_samples": args.num_samples,
-        "num_inference_steps": INFERENCE_STEPS,
-        "batch_size": 100,
-        "cost_batch_size": 16,
-        "seed": args.seed,
-    }
     report = evaluate(
         pipelines["ofa"],
+        reference=reference,
         teacher=teacher,
+        compare={UNTRAINED: pipelines["untrained"]},
+        num_samples=args.num_samples,
+        batch_size=100,
+        seed=args.seed,
+        num_inference_steps=INFERENCE_STEPS,
+        extractor=EXTRACTOR,
+        cost_batch_size=16,
         title="Handwritten digits: one model, six sizes",
         command=f"python recipes/demo.py --denoiser {args.denoiser} --output_dir {args.output_dir}",
-        **protocol,
     )
-    untrained = evaluate(pipelines["untrained"], metrics=("fid", "kid"), **protocol)
-    report.add_baseline(UNTRAINED, untrained)
     first, last = result.history[0], result.history[max(result.history)]
     report.add_column("validation_loss", VALIDATION_LOSS, {**last, TEACHER: result.teacher_loss})
     report.add_column("validation_loss", VALIDATION_LOSS, first, series=UNTRAINED)

@@ -37,6 +37,7 @@ from ofadiff.evaluation.evaluator import missing_reference, read_statistics
 from ofadiff.evaluation.extractors import find_extractor
 from ofadiff.evaluation.metrics import choose_metrics
 from ofadiff.pipelines import ClassConditionalDDPMPipeline
+from ofadiff.pipelines.class_conditional import class_count
 from ofadiff.pipelines.ofa_pipeline import find_denoiser
 from ofadiff.sizes import SizeTable
 from ofadiff.supernet import CONFIG_NAME, read_ofa_config
@@ -196,7 +197,7 @@ def load_pipeline(folder: str, args: argparse.Namespace, device: torch.device) -
         pipeline = OFAPipeline.from_pretrained(folder)
     else:
         pipeline = DiffusionPipeline.from_pretrained(folder)
-        if type(pipeline) is DDPMPipeline and pipeline.unet.config.num_class_embeds is not None:
+        if type(pipeline) is DDPMPipeline and class_count(pipeline.unet) is not None:
             pipeline = ClassConditionalDDPMPipeline(**pipeline.components)
     if pipeline.components.get("safety_checker") is not None:
         # An image that it flags comes out black, and would count in every metric.

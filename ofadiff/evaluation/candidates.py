@@ -25,9 +25,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """A name of its own: `"teacher"`, `"0.5"`, and of another series `"not trained/0.5"`."""
-        own = self.row.series in (JOINT, TEACHER)
-        return self.row.label if own else f"{self.row.series}/{self.row.label}"
+        """A name of its own, see `Row.key`."""
+        return self.row.key
 
     def load(self) -> DiffusionPipeline:
         """The stand-alone pipeline: of a size, around the extracted model."""

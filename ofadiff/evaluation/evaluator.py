@@ -25,7 +25,7 @@ from ofadiff.evaluation.image_protocol import call_protocol, image_protocol
 from ofadiff.evaluation.measure import PEAKS, REPEATS, ROUNDS, measure_latencies
 from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
 from ofadiff.evaluation.reference import RESIZE, Reference
-from ofadiff.evaluation.report import JOINT, PARAMETERS, REACHED, TEACHER, Column, Report
+from ofadiff.evaluation.report import PARAMETERS, REACHED, TEACHER, Column, Report
 from ofadiff.evaluation.sampling import Sampling, draw_share, evaluation_mode
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
@@ -201,8 +201,7 @@ def evaluate(
                     row.values.update(METRICS[name].measure(subject))
         row.values = processes.broadcast(row.values)
         shown = processes.gather([(index, store[index]) for index in share.indices if index < num_shown])
-        pictured = row.series in (JOINT, TEACHER)
-        report.add_row(row, torch.stack([image for _, image in sorted(shown, key=_first)]) if pictured else None)
+        report.add_row(row, torch.stack([image for _, image in sorted(shown, key=_first)]))
         if row.series == TEACHER:
             teacher_images = images
 

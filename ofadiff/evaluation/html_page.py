@@ -155,7 +155,7 @@ def _samples(report: Report) -> str:
         )
         kind = "strip pixels" if images.shape[-1] <= SMALL else "strip"
         parts.append(
-            f'<div class="name">{escape(row.name)}<small>{report.text(row, "params")} parameters</small></div>'
+            f'<div class="name">{escape(row.name)}<small>{escape(report.subtitle(row))}</small></div>'
             f'<div class="{kind}" style="grid-template-columns: repeat({len(images)}, 1fr)">{tiles}</div>'
         )
     hint = "A column is a seed: the same noise for every size."

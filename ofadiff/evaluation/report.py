@@ -77,6 +77,11 @@ class Row:
         """The label, in words."""
         return self.label if self.size is None else f"size {self.label}"
 
+    @property
+    def key(self) -> str:
+        """A name of its own in the report: `"teacher"`, `"0.5"`, and of another series `"not trained/0.5"`."""
+        return self.label if self.series in (JOINT, TEACHER) else f"{self.series}/{self.label}"
+
 
 @dataclass
 class Report:
@@ -87,7 +92,7 @@ class Report:
         columns: What is shown of the values, in order.
         rows: The teacher, the sizes from the largest down, then baselines.
         protocol: How the numbers were made.
-        images: uint8 images `(K, 3, H, W)` by the label of their row, from the same K seeds. They go into the written
+        images: uint8 images `(K, 3, H, W)` by the key of their row, from the same K seeds. They go into the written
             report, but not into the JSON.
     """
 
@@ -113,16 +118,19 @@ class Report:
 
     @property
     def pictured(self) -> list[tuple[Row, torch.Tensor]]:
-        """The teacher and the report's own rows that there are images of, with these."""
-        own = [row for row in self.rows if row.series in (TEACHER, JOINT)]
-        return [(row, self.images[row.label]) for row in own if row.label in self.images]
+        """The rows that there are images of, with these."""
+        return [(row, self.images[row.key]) for row in self.rows if row.key in self.images]
+
+    def subtitle(self, row: Row) -> str:
+        """What a picture says under a row's name: its parameters, or which other series it is of."""
+        return f"{self.text(row, 'params')} parameters" if row.series in (JOINT, TEACHER) else row.series
 
     def add_row(self, row: Row, images: torch.Tensor | None = None) -> None:
         """Adds a model, with or without images of it. Values that are not finite are kept as None."""
         row.values = {name: _finite(value) for name, value in row.values.items()}
         self.rows.append(row)
         if images is not None and len(images):
-            self.images[row.label] = images
+            self.images[row.key] = images
 
     def add_column(self, name: str, column: Column, values: Mapping[float | str, float], series: str = JOINT) -> None:
         """Adds a value that was measured elsewhere.
@@ -148,17 +156,6 @@ class Report:
                 raise ValueError(f"the report has no row {size!r} of {series!r}; its rows: {known}")
             rows[size].values[name] = _finite(value)
         self.columns[name] = column
-
-    def add_baseline(self, name: str, other: Report) -> None:
-        """Adds another report's sizes as a series to compare with, such as the same subnets without joint training.
-
-        Raises:
-            ValueError: If there already is a series of that name.
-        """
-        if name in {row.series for row in self.rows}:
-            raise ValueError(f"the report already has a series {name!r}")
-        self.rows += [Row(row.label, name, row.size, dict(row.values)) for row in other.series.get(JOINT, [])]
-        self.columns.update({key: column for key, column in other.columns.items() if key not in self.columns})
 
     def heading(self) -> list[str]:
         """Titles of the shown columns with their units, the row's label first."""

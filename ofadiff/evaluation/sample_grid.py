@@ -13,7 +13,7 @@ from ofadiff.evaluation.report import Report
 SMALLEST_TILE, LARGEST_TILE = 64, 256  # pixels; other images are enlarged or shrunk to about that
 GAP = 4
 MARGIN = 16
-LABEL = 104
+LABEL = 132
 INK, FAINT, PAPER = "#1c2430", "#6b7685", "#ffffff"
 
 
@@ -34,7 +34,7 @@ def sample_grid(report: Report) -> bytes | None:
         top = MARGIN + number * (height + GAP)
         middle = top + height / 2
         draw.text((MARGIN, middle - 1), row.name, INK, ImageFont.load_default(15), anchor="ls")
-        draw.text((MARGIN, middle + 5), report.text(row, "params"), FAINT, ImageFont.load_default(12), anchor="lt")
+        draw.text((MARGIN, middle + 5), report.subtitle(row), FAINT, ImageFont.load_default(12), anchor="lt")
         for column, image in enumerate(images):
             canvas.paste(image, (MARGIN + LABEL + column * (width + GAP), top))
     return to_png(canvas)

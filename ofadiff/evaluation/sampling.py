@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
+from ofadiff.pipelines.class_conditional import class_count
 
 # What `generate` gives to a pipeline's call itself, or what would change how many images come of it.
 RESERVED = (
@@ -175,7 +176,7 @@ def draw_share(
 def default_arguments(pipeline: DiffusionPipeline) -> dict[str, Sequence[Any]]:
     """Arguments per image that a pipeline cannot do without: every class in turn for a class-conditional model."""
     if isinstance(pipeline, ClassConditionalDDPMPipeline):
-        return {"class_labels": range(pipeline.unet.config.num_class_embeds)}
+        return {"class_labels": range(class_count(pipeline.unet))}  # type: ignore[arg-type]
     return {}
 
 

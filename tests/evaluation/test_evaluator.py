@@ -95,7 +95,7 @@ def test_other_pipelines_stand_beside_the_sizes(pipeline, teacher):
     _, own, *others = report.rows
     for row in others:
         assert row.values["psnr"] == own.values["psnr"] and row.values["reached"] == own.values["reached"]
-    assert set(report.images) == {"teacher", "0.5"}
+    assert set(report.images) == {"teacher", "0.5", "not trained/0.5", "cut/model"}
 
 
 def test_a_tensor_of_references_is_resized_too(pipeline, reference):

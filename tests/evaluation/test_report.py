@@ -60,18 +60,15 @@ def test_other_files_are_no_reports(tmp_path, text):
         Report.from_json(tmp_path / "report.json")
 
 
-def test_columns_and_baselines_from_elsewhere(report):
+def test_columns_from_elsewhere(report):
     report.add_column("validation_loss", VALIDATION_LOSS, {TEACHER: 0.02, 0.5: 0.03, 1.0: float("nan")})
     assert [row.values["validation_loss"] for row in report.rows] == [0.02, None, 0.03]
-    other = Report("", {"loss": VALIDATION_LOSS}, [Row(TEACHER, TEACHER), Row("0.5", size=0.5, values={"fid": 90.0})])
-    report.add_baseline("untrained", other)
+    report.add_row(Row("0.5", "untrained", 0.5, {"fid": 90.0}))
     report.add_column("validation_loss", VALIDATION_LOSS, {0.5: 0.4}, series="untrained")
     baseline = report.series["untrained"]
     assert [row.values for row in baseline] == [{"fid": 90.0, "validation_loss": 0.4}]
-    assert report.rows[2].values["validation_loss"] == 0.03 and "loss" in report.columns
+    assert report.rows[2].values["validation_loss"] == 0.03
     assert report.table().splitlines()[-2:][0] == "untrained"
-    with pytest.raises(ValueError, match="already has a series 'untrained'"):
-        report.add_baseline("untrained", other)
     with pytest.raises(ValueError, match=r"no row 0\.7 of 'OFA'; its rows: teacher, 1\.0, 0\.5"):
         report.add_column("validation_loss", VALIDATION_LOSS, {0.7: 0.1})
 
