@@ -207,6 +207,12 @@ def test_what_cannot_work_is_said_before_anything_is_written(run, checkpoint, op
     assert contents(checkpoint) == before
 
 
+def test_peft_is_needed_for_a_lora_and_asked_for_first(run, checkpoint, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--lora_rank needs peft, which is not installed: pip install peft"):
+        run()
+
+
 def test_what_is_no_checkpoint_or_no_teacher_for_it_is_refused(run, files, checkpoint, tmp_path):
     DiffusionPipeline.from_pretrained(checkpoint).save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"holds no ofa_config\.json"):
