@@ -65,6 +65,8 @@ def evaluate_checkpoint(args: argparse.Namespace, command: str | None = None) ->
     """
     check(args)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
+    if args.metrics is None and args.reference_statistics is not None:
+        accelerator.print("No KID: it takes reference images, and there are only their statistics")
     pipeline = load_pipeline(args.checkpoint, args, accelerator.device)
     teacher = None if args.teacher is None else load_pipeline(args.teacher, args, accelerator.device)
     compare = {name: load_pipeline(folder, args, accelerator.device) for name, folder in compared(args).items()}

@@ -223,7 +223,7 @@ def test_images_of_another_protocol_are_not_mixed_in(flags, files, tmp_path, cap
     assert samples(tmp_path / "out").keys() == before.keys() and samples(tmp_path / "out") != before
 
 
-def test_statistics_stand_in_for_images(flags, files, tmp_path, capsys):
+def test_statistics_stand_in_for_images(flags, files, tmp_path, capsys, monkeypatch):
     options = {"teacher": None, "metrics": "fid", "sizes": "0.5"}
     saved = tmp_path / "real.safetensors"
     main(flags(save_reference_statistics=saved, **options))
@@ -237,6 +237,10 @@ def test_statistics_stand_in_for_images(flags, files, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(flags(**options))
     assert "'kid' cannot be measured: there are statistics of the reference images" in capsys.readouterr().err
+    monkeypatch.delattr("recipes.evaluate.evaluate")
+    with pytest.raises(NameError):
+        main(flags(**options | {"metrics": None}))
+    assert capsys.readouterr().out == "No KID: it takes reference images, and there are only their statistics\n"
 
 
 def test_a_data_set_is_a_reference(flags, files, tmp_path):
