@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import send_to_device
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
@@ -37,12 +37,12 @@ from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint, list_checkpoints
 from ofadiff.training.data import Samples, fixed_batches
 from ofadiff.training.losses import TARGETS, Prepare, denoising_loss
+from ofadiff.training.sharding import check_sharding, is_sharded
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.stream import TextToImageStream
 from ofadiff.training.train import TrainingResult, run_values, train
 
 TrainData = Samples | TextToImageStream
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 SampleImages = Callable[[list[torch.Generator]], list[Image.Image]]
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -181,11 +181,9 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=tracker,
         project_dir=Path(args.output_dir) / args.logging_dir,
     )
-    if accelerator.distributed_type in SHARDED:
-        raise ValueError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, which splits the weights; this recipe "
-            "keeps them whole on every device: choose plain multi-GPU in `accelerate config`"
-        )
+    check_sharding(accelerator, args.validation_samples)
+    if args.use_8bit_adam and is_sharded(accelerator):
+        raise ValueError("--use_8bit_adam does not work with FSDP, which splits AdamW's moments over processes")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -320,13 +318,15 @@ def joint_run(args: argparse.Namespace, setup: Setup, columns: int) -> TrainingR
 
 @torch.no_grad()
 def draw_samples(args: argparse.Namespace, setup: Setup, columns: int, step: int) -> None:
-    """Writes `samples/{step}.png`: a row per size, a column per seed; trackers get it too."""
+    """Writes `samples/{step}.png`: a row per size, a column per seed; trackers get it too. On every process."""
     accelerator, supernet = setup.accelerator, setup.supernet
     images: list[Image.Image] = []
     for size in supernet.sizes:
         generators = [torch.Generator().manual_seed(args.seed + column) for column in range(columns)]
         with supernet.at(size), accelerator.autocast():
             images += setup.sample_images(generators)
+    if not accelerator.is_main_process:
+        return
     grid = make_image_grid(images, rows=len(supernet.sizes), cols=columns)
     folder = Path(args.output_dir) / "samples"
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ofadiff.supernet import Supernet
+from ofadiff.training.sharding import gather_like, gather_to_cpu, shard, shard_like
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.stream import Place
 
@@ -38,6 +39,8 @@ class TrainingState:
         seconds: Time they took.
         history: Validation losses, {step: {size: loss}}.
         place: Where to read on, of streamed data only.
+        skeleton: `without_weights` of the supernet, only where FSDP splits its weights over processes. The average is
+            then one of each process' shards.
     """
 
     supernet: Supernet | SingleSize
@@ -50,12 +53,22 @@ class TrainingState:
     seconds: float = 0.0
     history: dict[int, dict[float, float]] = field(default_factory=dict)
     place: Place | None = None
+    skeleton: Supernet | None = None
 
 
-def save_checkpoint(state: TrainingState, output_dir: str | Path, total_limit: int | None = None) -> Path:
+def save_checkpoint(
+    state: TrainingState, output_dir: str | Path, total_limit: int | None = None, write: bool = True
+) -> Path:
     """Writes `checkpoint-{step}` into a folder, and removes the oldest ones beyond `total_limit`.
 
-    The checkpoint is made under a hidden name and then renamed: a killed run leaves whole checkpoints only.
+    The checkpoint is made under a hidden name and then renamed: a killed run leaves whole checkpoints only. It is the
+    same whether FSDP splits the weights or not.
+
+    Args:
+        state: Of the run.
+        output_dir: Where to write it.
+        total_limit: How many checkpoints are kept; None for all.
+        write: Whether this process writes. Of several, all have to call this, and one writes.
 
     Returns:
         The checkpoint's folder. A supernet's `denoiser/` in it is one for `Supernet.from_pretrained`.
@@ -63,18 +76,21 @@ def save_checkpoint(state: TrainingState, output_dir: str | Path, total_limit: i
     output_dir = Path(output_dir)
     checkpoint = output_dir / f"checkpoint-{state.step}"
     unfinished = output_dir / f".checkpoint-{state.step}"
+    supernet = whole_supernet(state, keep=write)
+    averages = gather_to_cpu(_averages(state), keep=write)
+    optimizer = state.optimizer.state_dict()
+    entries = dict(_flat(optimizer["state"]))
+    # A file cannot hold one tensor under two names, and 8-bit optimizers share their tables: so each gets its own.
+    tensors = gather_to_cpu(((key, value) for key, value in entries.items() if isinstance(value, Tensor)), keep=write)
+    if not write:
+        return checkpoint
+
     for leftover in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(leftover)
     unfinished.mkdir(parents=True)
 
-    state.supernet.save_pretrained(unfinished / DENOISER)
-    save_file(_by_name(state), unfinished / "ema.safetensors")
-    optimizer = state.optimizer.state_dict()
-    entries = dict(_flat(optimizer["state"]))
-    # A file cannot hold one tensor under two names, and 8-bit optimizers share their tables: so each gets its own.
-    tensors = {
-        key: value.to("cpu", copy=True).contiguous() for key, value in entries.items() if isinstance(value, Tensor)
-    }
+    supernet.save_pretrained(unfinished / DENOISER)
+    save_file(averages, unfinished / "ema.safetensors")
     save_file(tensors, unfinished / "optimizer.safetensors")
     rest = {
         "run": state.run,
@@ -113,10 +129,16 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     saved = json.loads((checkpoint / "state.json").read_text())
 
     averages = load_file(checkpoint / "ema.safetensors")
-    for name, average in _by_name(state).items():
-        average.copy_(averages[name])
+    trained = trained_weights(state.supernet.model)
+    for (name, weight), average in zip(trained.items(), state.ema.shadow_params, strict=True):
+        average.copy_(shard(shard_like(weight, averages[name])))
     entries = {**load_file(checkpoint / "optimizer.safetensors"), **saved["optimizer"]}
     optimizer_state = {int(index): values for index, values in _nested(entries).items()}
+    weights = [weight for group in state.optimizer.param_groups for weight in group["params"]]
+    for index, values in optimizer_state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == weights[index].shape:
+                values[name] = shard_like(weights[index], value)
     state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": saved["param_groups"]})
     state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if state.scaler is not None:
@@ -169,8 +191,23 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
     return Path(resume)
 
 
-def _by_name(state: TrainingState) -> dict[str, Tensor]:
-    return dict(zip(trained_weights(state.supernet.model), state.ema.shadow_params, strict=True))
+def whole_supernet(state: TrainingState, keep: bool = True) -> Supernet | SingleSize:
+    """What is trained, with whole weights; without any where they are split and `keep` is off.
+
+    All processes have to call it together.
+    """
+    if state.skeleton is None:
+        return state.supernet
+    weights = gather_to_cpu(state.supernet.model.state_dict().items(), keep)
+    if keep:
+        state.skeleton.model.load_state_dict(weights, assign=True)
+    return state.skeleton
+
+
+def _averages(state: TrainingState) -> Iterator[tuple[str, Tensor]]:
+    trained = trained_weights(state.supernet.model)
+    for (name, weight), average in zip(trained.items(), state.ema.shadow_params, strict=True):
+        yield name, gather_like(weight, average)
 
 
 def _flat(values: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -206,7 +243,8 @@ def _load_supernet(supernet: Supernet, checkpoint: Path) -> None:
             f"cannot resume from {checkpoint}: its channels are in another order or basis than this run's; build the "
             f"supernet with Supernet.from_pretrained({str(checkpoint / DENOISER)!r})"
         )
-    supernet.model.load_state_dict(saved.model.state_dict())
+    ours, weights = supernet.model.state_dict(), saved.model.state_dict()
+    supernet.model.load_state_dict({name: shard_like(ours[name], weight) for name, weight in weights.items()})
 
 
 def _check(checkpoint: Path, name: str, saved: Any, given: Any) -> None:

@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 
 from ofadiff.reweight import sample_size
 from ofadiff.supernet import Supernet
-from ofadiff.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from ofadiff.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint, whole_supernet
 from ofadiff.training.data import Samples, fixed_batches, load_batches, step_batches
 from ofadiff.training.distill import block_outputs, distillation_loss
 from ofadiff.training.losses import Batch, Prepare, denoising_loss, predict, prediction_loss
+from ofadiff.training.sharding import check_sharding, forget_gathered, is_sharded, shard, without_weights
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.stream import START, TextToImageStream, load_stream
 
@@ -99,7 +100,8 @@ def train(
         offload_ema: Whether the average stays in main memory, which costs a copy of the weights per step.
         validation_steps: Steps between validations; there is always one before the first and one after the last step.
         validation_samples: Noisy images of each validation, the same ones every time.
-        on_validation: Called on the main process with the step, while `supernet` has its averaged weights.
+        on_validation: Called on every process with the step, while `supernet` has its averaged weights. All of them
+            have to call the model equally often.
         checkpointing_steps: Steps between checkpoints, or None for none.
         checkpoints_total_limit: Older checkpoints are removed.
         resume_from: A checkpoint of this run.
@@ -110,6 +112,12 @@ def train(
         RuntimeError: If the loss is not finite.
     """
     sample_size(supernet.sizes, 0, seed, strategy)  # an unknown strategy is an error now, not after the validation
+    check_sharding(accelerator, validation_samples)
+    skeleton = None
+    if is_sharded(accelerator):
+        if isinstance(supernet, SingleSize):
+            raise ValueError("a single size is trained whole: choose multi-GPU, not FSDP, in `accelerate config`")
+        skeleton = without_weights(supernet)
     model, optimizer = accelerator.prepare(supernet.model, optimizer)
     device, micro_steps = accelerator.device, accelerator.gradient_accumulation_steps
     share = accelerator.process_index, accelerator.num_processes
@@ -119,7 +127,7 @@ def train(
         teacher.to(device).eval()
 
     trained = list(trained_weights(supernet.model).values())
-    ema = EMAModel(trained, decay=ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
+    ema = EMAModel(map(shard, trained), decay=ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
     if offload_ema:
         ema.to("cpu")
     state = TrainingState(
@@ -129,6 +137,7 @@ def train(
         lr_scheduler,
         accelerator.scaler,
         run_values(accelerator, train_data, train_batch_size, seed, strategy),
+        skeleton=skeleton,
     )
     if resume_from is not None:
         load_checkpoint(state, resume_from)
@@ -144,7 +153,7 @@ def train(
 
     def validate(step: int) -> None:
         supernet.model.eval()
-        with averaged_weights(ema, trained):
+        with averaged_weights(ema, trained, supernet.model):
             if validation_batches:
                 losses = {}
                 for size in supernet.sizes:
@@ -152,7 +161,7 @@ def train(
                         losses[size] = validation_loss(supernet.model, validation_batches, prepare, accelerator)
                 state.history[step] = losses
                 accelerator.log({f"validation_loss/{size:g}": loss for size, loss in losses.items()}, step)
-            if on_validation is not None and accelerator.is_main_process:
+            if on_validation is not None:
                 on_validation(step)
         supernet.model.train()
         accelerator.wait_for_everyone()
@@ -198,7 +207,7 @@ def train(
                 step_loss += loss.detach().mean() / micro_steps
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
-        ema.step([weight.cpu() for weight in trained] if offload_ema else trained)
+        ema.step([shard(weight).cpu() if offload_ema else shard(weight) for weight in trained])
         state.step = step + 1
         if "place" in batch:
             state.place = tuple(batch["place"][0].tolist())
@@ -216,14 +225,15 @@ def train(
             validate(state.step)
         state.seconds = time.perf_counter() - started
         if checkpointing_steps and state.step % checkpointing_steps == 0:
-            if accelerator.is_main_process:
-                save_checkpoint(state, output_dir, checkpoints_total_limit)
+            save_checkpoint(state, output_dir, checkpoints_total_limit, write=accelerator.is_main_process)
             accelerator.wait_for_everyone()
 
     # Undo what `prepare` did for mixed precision: it wraps the model's forward, and unwrapping leaves an attribute.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     vars(supernet.model).pop("forward", None)
-    ema.copy_to(trained)
+    ema.copy_to(map(shard, trained))
+    # What FSDP has split stays split: the supernet goes on with a whole model.
+    vars(supernet).update(vars(whole_supernet(state)))
     supernet.set_size("largest")
     supernet.model.eval()
     return TrainingResult(state.step, state.seconds, state.history, teacher_loss)
@@ -253,11 +263,14 @@ def validation_loss(model: nn.Module, batches: Iterable[Batch], prepare: Prepare
 
 
 @contextmanager
-def averaged_weights(ema: EMAModel, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gives weights the values of their average for a block."""
-    ema.store(weights)
-    ema.copy_to(weights)
+def averaged_weights(ema: EMAModel, weights: Sequence[nn.Parameter], model: nn.Module) -> Iterator[None]:
+    """Gives weights of a model the values of their average for a block."""
+    shards = [shard(weight) for weight in weights]
+    ema.store(shards)
+    ema.copy_to(shards)
+    forget_gathered(model)
     try:
         yield
     finally:
-        ema.restore(weights)
+        ema.restore(shards)
+        forget_gathered(model)

@@ -9,6 +9,7 @@ import yaml
 from compression_run import check_sizes, make_noise_scheduler, parse_args, run_recipe
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
+from recipes.conftest import ROOT
 from recipes.tiny_stable_diffusion import save_captioned_images, save_stable_diffusion, save_stable_diffusion_xl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training.tiny_shards import save_shards
@@ -126,6 +127,22 @@ def test_two_processes_train_on_a_stream_as_one_does(run, launch, flags, files, 
     assert two.returncode == 0, two.stderr
     run(train_batch_size=4, output_dir=tmp_path / "one", **options)
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=0, atol=1e-5)
+
+
+def test_processes_that_split_the_weights_train_as_one_does(run, launch, flags, files, tmp_path):
+    options = {"learning_rate": 1e-3, "adam_epsilon": 1e-4, "max_train_steps": 2, "feature_distill_weight": 0.1}
+    options |= {"validation_prompts": ["a"], "validation_inference_steps": 1}
+    tests = ROOT / "tests"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher += [str(tests / "recipes" / "sharded_recipe.py")]
+    line = flags(train_batch_size=2, output_dir=tmp_path / "two", **options)
+    two = launch("compress_sd.py", line, launcher, ACCELERATE_USE_CPU="true", PYTHONPATH=f"{ROOT}:{tests}")
+    assert two.returncode == 0, two.stderr
+    run(train_batch_size=4, output_dir=tmp_path / "one", **options)
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=0, atol=1e-5)
+    with Image.open(tmp_path / "two" / "samples" / "000002.png") as grid:
+        assert grid.size == (16, 2 * 16)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "two").unet) is UNet2DConditionModel
 
 
 @pytest.mark.parametrize("data", ["images", "latents", "stream"])

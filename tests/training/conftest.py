@@ -4,9 +4,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
-from training.tiny_run import make_supernet, make_teacher, noise_image
-
-from ofadiff.training.data import ImageData, Images
+from training.tiny_run import make_data, make_supernet, make_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +40,4 @@ def noise_scheduler():
 
 @pytest.fixture
 def data():
-    images = Images([f"{index}" for index in range(20)], noise_image, [index % 3 for index in range(20)])
-    return ImageData(images, resolution=8, channels=1, indices=range(14)), ImageData(
-        images, resolution=8, channels=1, indices=range(14, 20)
-    )
+    return make_data()

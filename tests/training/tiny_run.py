@@ -6,6 +6,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
+from ofadiff.training.data import ImageData, Images
 
 
 def make_teacher(dropout=0.0):
@@ -35,3 +36,11 @@ def make_supernet(sizes=(0.5, 0.75, 1.0), **options):
 def noise_image(index):
     pixels = np.random.default_rng(index).integers(0, 255, (10, 8), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def make_data():
+    """Labelled noise, for training and validation."""
+    images = Images([f"{index}" for index in range(20)], noise_image, [index % 3 for index in range(20)])
+    return ImageData(images, resolution=8, channels=1, indices=range(14)), ImageData(
+        images, resolution=8, channels=1, indices=range(14, 20)
+    )
