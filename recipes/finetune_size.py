@@ -47,7 +47,7 @@ from ofadiff.extracted import extract
 from ofadiff.layers import is_adaptable
 from ofadiff.pipelines.ofa_pipeline import find_denoiser, local_folder
 from ofadiff.size_adapter import SizeAdapter, adapter_folder, load_size_adapter, save_size_adapter
-from ofadiff.sizes import SizeTable
+from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.supernet import denoiser_class, read_ofa_config
 from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint
 from ofadiff.training.losses import Prepare
@@ -78,7 +78,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     args.size = SizeTable.from_dict(read_ofa_config(folder / "unet")).find(args.size).size
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.lora_rank else 2e-5
-    check_adapter_flags(args)
+    check_output(args)
     check_teacher(args)
     accelerator = begin(run_arguments(args))
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -133,15 +133,17 @@ def run_arguments(args: argparse.Namespace) -> argparse.Namespace:
 # Checks, before anything is loaded
 
 
-def check_adapter_flags(args: argparse.Namespace) -> None:
-    """Raises ValueError unless a LoRA can be made, and put where it shall be."""
+def check_output(args: argparse.Namespace) -> None:
+    """Raises ValueError unless what is to be trained can be made, and put where it shall be."""
+    folder, out, run = Path(args.pretrained_model_name_or_path), Path(args.output_dir), run_arguments(args).output_dir
     if not args.lora_rank:
         if args.lora_alpha is not None or args.lora_target_modules is not None:
             raise ValueError("--lora_alpha and --lora_target_modules are for a LoRA; give its --lora_rank")
+        if (out / "unet" / CONFIG_NAME).exists():
+            raise ValueError(f"--output_dir {out} holds all sizes; give another folder for this one, or a --lora_rank")
         return
     if importlib.util.find_spec("peft") is None:
         raise ValueError("--lora_rank needs peft, which is not installed: pip install peft")
-    folder, out, run = Path(args.pretrained_model_name_or_path), Path(args.output_dir), run_arguments(args).output_dir
     resumed = find_checkpoint(run, args.resume_from_checkpoint) is not None
     if out.is_dir() and out.resolve() != folder.resolve() and not resumed and set(out.iterdir()) - {run}:
         raise ValueError(

@@ -193,7 +193,7 @@ def test_stable_diffusion(run, files, tmp_path, rank):
     [
         ({"size": 0.3}, r"size is 0\.3; it must be one of 0\.5, 0\.75, 1"),
         ({"lora_rank": None, "lora_alpha": 4}, "are for a LoRA; give its --lora_rank"),
-        ({"lora_rank": None}, "own folder"),
+        ({"lora_rank": None, "overwrite": True}, "checkpoint holds all sizes; give another folder for this one"),
         ({"train_data_dir": "nowhere"}, "nowhere is not a folder"),
         ({"validation_prompts": "a house"}, "--validation_prompts is for text-to-image checkpoints only"),
         ({"pretrained_model_name_or_path": "/no/such/folder"}, "neither a folder nor the name of a hub repository"),
