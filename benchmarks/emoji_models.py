@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from ofadiff.training.encoder import TextToImageEncoder
-from ofadiff.training.losses import denoising_loss, prepare_latents
+from ofadiff.training.families.stable_diffusion import STABLE_DIFFUSION
+from ofadiff.training.losses import denoising_loss, diffuse, prepare_latents
 
 TOKENS = 16  # the longest names have more and are cut
 WORDS = "</w>"
@@ -201,7 +202,14 @@ def train_unet(
         [encode.encode_captions(captions[i : i + 128])["encoder_hidden_states"] for i in range(0, len(captions), 128)]
     )
     empty = encode.encode_captions([""])["encoder_hidden_states"]
-    prepare = functools.partial(prepare_latents, noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))
+    prepare = functools.partial(
+        prepare_latents,
+        family=STABLE_DIFFUSION,
+        config=pipeline.unet.config,
+        forward_process=functools.partial(
+            diffuse, noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config)
+        ),
+    )
 
     def loss(batch: Sequence[int]) -> Tensor:
         chosen = torch.tensor(batch, device=device)

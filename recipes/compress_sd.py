@@ -1,10 +1,11 @@
-"""Compresses Stable Diffusion (1.x, 2.x, XL) to several sizes at once.
+"""Compresses a text-to-image pipeline, from Stable Diffusion to Flux, to several sizes at once.
 
     accelerate launch recipes/compress_sd.py --pretrained_model_name_or_path DIR --train_data_dir IMAGES \
         --sizes 0.4 0.6 0.8 1.0 --mixed_precision bf16 --output_dir OUT
 
-makes a diffusers pipeline folder that holds all sizes of the UNet in one set of weights; `OFAPipeline.from_pretrained`
-loads it, and its call takes `size=0.4`. Text encoders, VAE and scheduler stay what they were.
+makes a diffusers pipeline folder that holds all sizes of the UNet or transformer in one set of weights;
+`OFAPipeline.from_pretrained` loads it, and its call takes `size=0.4`. Text encoders, VAE and scheduler stay what they
+were.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,19 +40,20 @@ from compression_run import (
     make_supernet,
     run_recipe,
 )
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin, StableDiffusionPipeline
 from PIL import Image
 
 from ofadiff.training.data import check_images, dataset_images, hold_out, load_dataset_split
-from ofadiff.training.encoder import CAPTION_ENCODERS, TextToImageEncoder
+from ofadiff.training.encoder import AUTOENCODERS, TextToImageEncoder, spatial_compression
+from ofadiff.training.families import FAMILIES, Family
+from ofadiff.training.flow_matching import interpolate, is_flow_matching, static_shift
 from ofadiff.training.latent_cache import LatentCache, LatentData
-from ofadiff.training.losses import prepare_latents
+from ofadiff.training.losses import ForwardProcess, diffuse, prepare_latents
 from ofadiff.training.stream import TextToImageStream
 from ofadiff.training.text_to_image import TextToImageData, dataset_captions
 from ofadiff.training.train import TrainingResult
 
-PIPELINES = {pipeline.__name__: pipeline for pipeline in CAPTION_ENCODERS}
-EXPECTED = f"a pipeline folder of a {' or '.join(PIPELINES)}"
+EXPECTED = f"a pipeline folder of a {' or '.join(FAMILIES)}"
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ class Plan:
     """What the original model's configuration says."""
 
     folder: Path
-    pipeline_class: type[DiffusionPipeline]
-    noise_scheduler: DDPMScheduler
-    unet: UNet2DConditionModel  # on the meta device
+    family: Family
+    forward_process: ForwardProcess
+    denoiser: ModelMixin  # on the meta device
 
 
 def compress(args: argparse.Namespace) -> TrainingResult:
@@ -78,7 +81,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     accelerator = begin(args)
     check_not_compressed(args.pretrained_model_name_or_path)
     plan = read_pipeline(args)
-    check_sizes(args, plan.unet)
+    check_sizes(args, plan.denoiser)
     return build(args, accelerator, plan, make_supernet)
 
 
@@ -91,7 +94,8 @@ def build(args: argparse.Namespace, accelerator: Accelerator, plan: Plan, make_s
 
     # The frozen parts; with cached latents the encoders leave the device once everything is encoded.
     pipeline = load_pipeline(args, plan)
-    teacher, encode = freeze(pipeline, precision)
+    denoiser = pipeline.components[plan.family.denoiser]
+    teacher, encode = freeze(pipeline, denoiser, precision)
     encode.to(accelerator.device)
     if cache is not None:
         every_image = TextToImageData(
@@ -106,14 +110,14 @@ def build(args: argparse.Namespace, accelerator: Accelerator, plan: Plan, make_s
 
     prepare = functools.partial(
         prepare_latents,
-        noise_scheduler=plan.noise_scheduler,
+        family=plan.family,
+        config=denoiser.config,
+        forward_process=plan.forward_process,
         encode=encode if cache is None else None,
-        snr_gamma=args.snr_gamma,
-        noise_offset=args.noise_offset,
     )
-    supernet, checkpoint = make_student(args, pipeline.unet, train_data, prepare, accelerator)
-    pipeline.register_modules(unet=supernet.model)
-    sample = functools.partial(sample_images, args, encode, accelerator)
+    supernet, checkpoint = make_student(args, denoiser, train_data, prepare, accelerator)
+    pipeline.register_modules(**{plan.family.denoiser: supernet.model})
+    sample = functools.partial(sample_images, args, plan.family, encode, accelerator)
     return Setup(accelerator, pipeline, prepare, train_data, validation_data, teacher, supernet, checkpoint, sample)
 
 
@@ -121,12 +125,12 @@ def train_and_save(args: argparse.Namespace, setup: Setup) -> TrainingResult:
     """Joint training, one subnet per step, and the pipeline folder that comes out of it."""
     result = joint_run(args, setup, columns=len(args.validation_prompts or []))
 
-    # The original pipeline, loaded anew in full precision, with the supernet in place of its UNet.
+    # The original pipeline, loaded anew in full precision, with the supernet in place of its denoiser.
     if setup.accelerator.is_main_process:
-        folder, unet = setup.pipeline.name_or_path, setup.supernet.model
-        pipeline = DiffusionPipeline.from_pretrained(folder, variant=args.variant, unet=unet)
-        pipeline.save_pretrained(args.output_dir)
-        setup.supernet.save_metadata(Path(args.output_dir) / "unet")
+        folder, name = setup.pipeline.name_or_path, FAMILIES[type(setup.pipeline).__name__].denoiser
+        parts = {**absent_components(folder), name: setup.supernet.model}
+        DiffusionPipeline.from_pretrained(folder, variant=args.variant, **parts).save_pretrained(args.output_dir)
+        setup.supernet.save_metadata(Path(args.output_dir) / name)
     return finish(args, setup, result)
 
 
@@ -138,28 +142,61 @@ def read_pipeline(args: argparse.Namespace) -> Plan:
         index = DiffusionPipeline.load_config(name, revision=args.revision, cache_dir=args.cache_dir)
     except (OSError, ValueError) as error:
         raise cannot_load(name, EXPECTED, error) from error
-    if index["_class_name"] not in PIPELINES:
+    family = FAMILIES.get(index["_class_name"])
+    if family is None:
         raise ValueError(f"{name} is a {index['_class_name']}; expected {EXPECTED}")
     try:
         folder = pipeline_folder(args)
         scheduler = DDPMScheduler.load_config(folder, subfolder="scheduler")
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+        denoiser = empty_model(family.denoiser_class, folder / family.denoiser)
+        vae = empty_model(autoencoder_class(folder / "vae"), folder / "vae")
     except (OSError, ValueError) as error:
         raise cannot_load(name, EXPECTED, error) from error
 
-    channels = unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels
-    if len(set(channels)) > 1:
+    config = denoiser.config
+    given, latent = config.in_channels, vae.config.latent_channels
+    put_out = config.out_channels or given
+    expected = latent * family.packing**2
+    # A learned variance has as many channels as the prediction.
+    if given != expected or put_out not in (given, 2 * given):
         raise ValueError(
-            f"the UNet of {name} has {channels[0]} input and {channels[1]} output channels, its VAE {channels[2]}; "
-            "expected equal numbers, as text-to-image models have"
+            f"the {family.denoiser} of {name} has {given} input and {put_out} output channels, its VAE {latent}; "
+            f"text-to-image models have {expected} channels of both then, or twice as many of output"
         )
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if args.resolution % factor:
-        raise ValueError(f"--resolution {args.resolution} is not a multiple of {factor}, as this model's VAE needs")
-    noise_scheduler = make_noise_scheduler(scheduler["_class_name"], scheduler)
-    return Plan(folder, PIPELINES[index["_class_name"]], noise_scheduler, unet)
+    multiple = spatial_compression(vae) * family.packing * config.get("patch_size", 1)
+    if args.resolution % multiple:
+        raise ValueError(f"--resolution {args.resolution} is not a multiple of {multiple}, as this model needs")
+    largest = config.get("pos_embed_max_size") or args.resolution
+    if args.resolution > largest * multiple:
+        raise ValueError(f"--resolution {args.resolution} is more than {largest * multiple}, this model's largest")
+    return Plan(folder, family, make_forward_process(args, scheduler["_class_name"], scheduler), denoiser)
+
+
+def empty_model(model_class: type[ModelMixin], folder: Path) -> ModelMixin:
+    """A model without its weights."""
+    with torch.device("meta"):
+        return model_class.from_config(model_class.load_config(folder))
+
+
+def autoencoder_class(folder: Path) -> type[ModelMixin]:
+    """Raises ValueError unless it is one that images can be encoded with."""
+    name = AutoencoderKL.load_config(folder)["_class_name"]
+    known = {autoencoder.__name__: autoencoder for autoencoder in AUTOENCODERS}
+    if name not in known:
+        raise ValueError(f"its VAE is an {name}, not an {' or '.join(known)}")
+    return known[name]
+
+
+def make_forward_process(args: argparse.Namespace, name: str, config: dict[str, Any]) -> ForwardProcess:
+    """How training makes latents noisy, from the configuration of the pipeline's scheduler, called `name`."""
+    if not is_flow_matching(name, config):
+        options = {"snr_gamma": args.snr_gamma, "noise_offset": args.noise_offset}
+        return functools.partial(diffuse, noise_scheduler=make_noise_scheduler(name, config), **options)
+    for flag in ("snr_gamma", "noise_offset"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag} is for DDPM-style schedulers; this model's {name} is one of flow matching")
+    timesteps = config.get("num_train_timesteps", 1000)
+    return functools.partial(interpolate, shift=static_shift(config), num_train_timesteps=timesteps)
 
 
 def pipeline_folder(args: argparse.Namespace) -> Path:
@@ -173,24 +210,31 @@ def pipeline_folder(args: argparse.Namespace) -> Path:
 
 def load_pipeline(args: argparse.Namespace, plan: Plan) -> DiffusionPipeline:
     """The original pipeline in full precision, without its safety checker."""
-    without = {}
-    if plan.pipeline_class is StableDiffusionPipeline:
-        without = {"safety_checker": None, "requires_safety_checker": False}
+    without = absent_components(plan.folder)
+    if plan.family.pipeline_class is StableDiffusionPipeline:
+        without |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipeline = plan.pipeline_class.from_pretrained(plan.folder, variant=args.variant, **without)
+        pipeline = plan.family.pipeline_class.from_pretrained(plan.folder, variant=args.variant, **without)
     except (AttributeError, OSError, ValueError) as error:
         raise cannot_load(args.pretrained_model_name_or_path, EXPECTED, error) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def freeze(pipeline: DiffusionPipeline, precision: torch.dtype) -> tuple[UNet2DConditionModel, TextToImageEncoder]:
+def absent_components(folder: str | Path) -> dict[str, None]:
+    """What a pipeline was saved without, such as the T5 of Stable Diffusion 3; diffusers wants to be told so."""
+    return {name: None for name, value in DiffusionPipeline.load_config(folder).items() if value == [None, None]}
+
+
+def freeze(
+    pipeline: DiffusionPipeline, denoiser: ModelMixin, precision: torch.dtype
+) -> tuple[ModelMixin, TextToImageEncoder]:
     """The teacher, and the VAE with the text encoders, in a precision; what float16 is too small for in float32."""
-    teacher, encode = copy.deepcopy(pipeline.unet), TextToImageEncoder(pipeline)
+    teacher, encode = copy.deepcopy(denoiser), TextToImageEncoder(pipeline)
     if precision != torch.float32:
         for module in (teacher, *encode.modules):
             module.to(precision)
-    if precision == torch.float16 and pipeline.vae.config.force_upcast:
+    if precision == torch.float16 and pipeline.vae.config.get("force_upcast"):
         pipeline.vae.to(torch.float32)
     return teacher.requires_grad_(False), encode
 
@@ -264,14 +308,17 @@ def make_latent_cache(args: argparse.Namespace, data: TextToImageData, dtype: to
 
 def sample_images(
     args: argparse.Namespace,
+    family: Family,
     encode: TextToImageEncoder,
     accelerator: Accelerator,
     generators: list[torch.Generator],
 ) -> list[Image.Image]:
     """One image for each validation prompt, at the supernet's size."""
     encode.to(accelerator.device)
-    options = {"num_inference_steps": args.validation_inference_steps, "guidance_scale": args.guidance_scale}
+    options = {"num_inference_steps": args.validation_inference_steps, **family.call_options}
     options |= {"height": args.resolution, "width": args.resolution}
+    if args.guidance_scale is not None:
+        options["guidance_scale"] = args.guidance_scale
     images = [
         encode.pipeline(prompt, generator=generator, **options).images[0]
         for prompt, generator in zip(args.validation_prompts, generators, strict=True)
@@ -283,7 +330,7 @@ def sample_images(
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; names as in diffusers' training examples where these have one."""
-    parser, add_to = compression_parser("Compress Stable Diffusion to several sizes in one joint training run.")
+    parser, add_to = compression_parser("Compress a text-to-image pipeline to several sizes in one joint training run.")
     add = add_to["data"]
     add(
         "--train_data_dir",
@@ -329,7 +376,7 @@ def add_flags(add_to: AddTo) -> None:
     add = add_to["watching"]
     add("--validation_prompts", nargs="+", help="prompts drawn at every size at each validation; none by default")
     add("--validation_inference_steps", type=count(1), default=25, help="denoising steps of these images")
-    add("--guidance_scale", type=float, default=7.5, help="of these images")
+    add("--guidance_scale", type=float, help="of these images; the pipeline's own by default")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from ofadiff.size_adapter import SizeAdapter, adapter_folder, load_size_adapter,
 from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.supernet import denoiser_class, read_ofa_config
 from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint
+from ofadiff.training.families import FAMILIES
 from ofadiff.training.losses import Prepare
 from ofadiff.training.single_size import SingleSize
 from ofadiff.training.train import TrainingResult, run_values
@@ -88,7 +89,7 @@ def set_up(args: argparse.Namespace) -> Setup:
         )
 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if index["_class_name"] in compress_sd.PIPELINES:
+    if index["_class_name"] in FAMILIES:
         check_flags_of(PIXELS, args, folder)
         args.resolution = args.resolution or own_resolution(folder)
         plan = compress_sd.read_pipeline(args)
@@ -104,7 +105,7 @@ def set_up(args: argparse.Namespace) -> Setup:
 
 def train_and_save(args: argparse.Namespace, setup: Setup) -> TrainingResult:
     """Training, and the adapter or the pipeline folder that comes out of it."""
-    text_to_image = type(setup.pipeline).__name__ in compress_sd.PIPELINES
+    text_to_image = type(setup.pipeline).__name__ in FAMILIES
     columns = len(args.validation_prompts or []) if text_to_image else args.num_validation_images
     result = joint_run(run_arguments(args), setup, columns)
     accelerator, model = setup.accelerator, setup.supernet.model

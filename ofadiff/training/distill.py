@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,30 +11,35 @@ from torch import Tensor, nn
 
 from ofadiff.training.losses import DenoiserInputs, mean_squared_error, predict
 
+# What blocks put out, by their names.
+Features = dict[str, tuple[Tensor, ...]]
+
 
 @contextmanager
-def block_outputs(model: nn.Module, stages: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def block_outputs(model: nn.Module, stages: Sequence[str]) -> Iterator[Features]:
     """Keep what the named blocks of a model put out, in the order of their calls, while the context is open.
 
-    Blocks are hooked from outside, so gradient checkpointing (which works inside a block) and wrappers such as DDP
-    around the model do not matter. A block that returns a tuple is taken at its first entry, the hidden states.
+    Blocks are hooked from outside, so gradient checkpointing and wrappers such as DDP around the model do not matter.
 
     Args:
         model: The bare model, not its DDP wrapper.
-        stages: Module names, such as `down_blocks.0` or `mid_block`.
+        stages: Module names, such as `down_blocks.0` or `mid_block`; a list of blocks, such as `transformer_blocks`,
+            stands for each of them.
 
     Yields:
-        A dict `{stage: output}`, filled by each forward.
+        A dict `{block: output}`, filled by each forward. Of a block that returns a tuple these are its tensors: the two
+        streams of a joint attention, or the hidden states without the tuple of skip connections.
     """
-    outputs: dict[str, Tensor] = {}
+    outputs: Features = {}
 
-    def keep(stage: str) -> Any:
+    def keep(block: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            outputs[stage] = output[0] if isinstance(output, tuple) else output
+            entries = output if isinstance(output, tuple) else (output,)
+            outputs[block] = tuple(entry for entry in entries if isinstance(entry, Tensor))
 
         return hook
 
-    handles = [model.get_submodule(stage).register_forward_hook(keep(stage)) for stage in stages]
+    handles = [module.register_forward_hook(keep(block)) for block, module in _blocks(model, stages)]
     try:
         yield outputs
     finally:
@@ -42,17 +47,27 @@ def block_outputs(model: nn.Module, stages: Sequence[str]) -> Iterator[dict[str,
             handle.remove()
 
 
-def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-    """Squared distance of block outputs over the teacher's squared length, averaged over blocks: `(N,)`.
+def _blocks(model: nn.Module, stages: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    for stage in stages:
+        module = model.get_submodule(stage)
+        if isinstance(module, nn.ModuleList):
+            yield from ((f"{stage}.{name}", block) for name, block in module.named_children())
+        else:
+            yield stage, module
 
-    Normalised per block and sample, so no block counts more because its activations are large, and a sample's loss does
+
+def feature_loss(student: Features, teacher: Features) -> Tensor:
+    """Squared distance of block outputs over the teacher's squared length, averaged over their tensors: `(N,)`.
+
+    Normalised per tensor and sample, so none counts more because its activations are large, and a sample's loss does
     not depend on the rest of its batch. The residual stream has full width in every subnet: no adapters are needed.
     """
     losses = []
-    for stage, target in teacher.items():
-        distance = mean_squared_error(student[stage], target)
-        length = target.float().square().flatten(1).mean(dim=1)
-        losses.append(distance / length.clamp_min(torch.finfo(torch.float32).tiny))
+    for block, targets in teacher.items():
+        for output, target in zip(student[block], targets, strict=True):
+            distance = mean_squared_error(output, target)
+            length = target.float().square().flatten(1).mean(dim=1)
+            losses.append(distance / length.clamp_min(torch.finfo(torch.float32).tiny))
     return torch.stack(losses).mean(dim=0)
 
 
@@ -60,7 +75,7 @@ def distillation_loss(
     teacher: nn.Module,
     inputs: DenoiserInputs,
     prediction: Tensor,
-    features: Mapping[str, Tensor],
+    features: Features,
     weight: float = 1.0,
     feature_weight: float = 0.0,
 ) -> Tensor:

@@ -7,58 +7,62 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 
+from ofadiff.training.families import FAMILIES
 from ofadiff.training.losses import Batch
 
 
-def _stable_diffusion(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-    hidden_states, _ = pipeline.encode_prompt(
-        list(captions), pipeline.vae.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    return {"encoder_hidden_states": hidden_states}
+def _kl(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    distribution = vae.encode(pixel_values).latent_dist
+    return distribution.mean.float() - (vae.config.shift_factor or 0.0), distribution.std.float()
 
 
-def _stable_diffusion_xl(pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-    hidden_states, _, pooled, _ = pipeline.encode_prompt(
-        list(captions), device=pipeline.vae.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    if pipeline.config.force_zeros_for_empty_prompt:  # sampling puts zeros in place of an empty negative prompt
-        given = torch.tensor([bool(caption) for caption in captions], device=pooled.device)
-        hidden_states, pooled = hidden_states * given[:, None, None], pooled * given[:, None]
-    return {"encoder_hidden_states": hidden_states, "text_embeds": pooled}
+def _dc(vae: AutoencoderDC, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    latents = vae.encode(pixel_values).latent.float()
+    return latents, torch.zeros_like(latents)
 
 
-# Another kind of pipeline is one function and one line: (pipeline, captions) -> the text's arguments of its denoiser.
-CAPTION_ENCODERS: dict[type[DiffusionPipeline], Callable[[Any, Sequence[str]], dict[str, Tensor]]] = {
-    StableDiffusionPipeline: _stable_diffusion,
-    StableDiffusionXLPipeline: _stable_diffusion_xl,
+# Another kind of autoencoder is one function and one line: (vae, pixels) -> mean and deviation of the unscaled latents.
+AUTOENCODERS: dict[type[nn.Module], Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
+    AutoencoderKL: _kl,
+    AutoencoderDC: _dc,
 }
 
 
+def spatial_compression(vae: nn.Module) -> int:
+    """Pixels to a latent, along a side."""
+    blocks = "encoder_block_out_channels" if isinstance(vae, AutoencoderDC) else "block_out_channels"
+    return 2 ** (len(vae.config[blocks]) - 1)
+
+
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixel_values: Tensor) -> dict[str, Tensor]:
+def encode_images(vae: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
     """The distribution of the latents of images, `(N, 3, H, W)` in [-1, 1], as the denoiser takes them.
 
+    Args:
+        vae: Of a class in `AUTOENCODERS`.
+        pixel_values: The images.
+
     Returns:
-        `latent_mean` and `latent_std`, `(N, C, H/8, W/8)`, float32.
+        `latent_mean` and `latent_std`, `(N, C, H/8, W/8)` (or what the autoencoder reduces sides to), float32.
     """
-    distribution = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
+    mean, std = AUTOENCODERS[type(vae)](vae, pixel_values.to(vae.device, vae.dtype))
     scale = vae.config.scaling_factor
-    return {"latent_mean": distribution.mean.float() * scale, "latent_std": distribution.std.float() * scale}
+    return {"latent_mean": mean * scale, "latent_std": std * scale}
 
 
 class TextToImageEncoder:
     """The VAE and the text encoders of a pipeline, frozen: what `prepare_latents` takes as its `encode`.
 
     Args:
-        pipeline: Of a class in `CAPTION_ENCODERS`; its own `encode_prompt` encodes captions, as it does in sampling.
+        pipeline: Of a class in `FAMILIES`; its own `encode_prompt` encodes captions, as it does in sampling.
 
     Example:
         >>> encode = TextToImageEncoder(pipeline)
         >>> encode.to("cuda")
-        >>> inputs = prepare_latents(batch, noise_scheduler, encode)
+        >>> inputs = prepare_latents(batch, family, unet.config, forward_process, encode)
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
@@ -71,8 +75,8 @@ class TextToImageEncoder:
     @property
     def modules(self) -> list[nn.Module]:
         """The VAE and the text encoders."""
-        names = ("vae", "text_encoder", "text_encoder_2")
-        return [self.pipeline.components[name] for name in names if name in self.pipeline.components]
+        parts = self.pipeline.components.items()
+        return [part for name, part in parts if name.startswith(("vae", "text_encoder")) and part is not None]
 
     def to(self, device: torch.device | str) -> None:
         """Moves the VAE and the text encoders."""
@@ -90,5 +94,5 @@ class TextToImageEncoder:
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`encoder_hidden_states`, `(N, tokens, channels)`, and for SDXL `text_embeds`, `(N, channels)`."""
-        return CAPTION_ENCODERS[type(self.pipeline)](self.pipeline, captions)
+        """The text of N captions, see `Family.encode_captions`."""
+        return FAMILIES[type(self.pipeline).__name__].encode_captions(self.pipeline, captions)

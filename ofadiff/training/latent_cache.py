@@ -25,7 +25,6 @@ from ofadiff.training.text_to_image import TextToImageData
 DESCRIPTION = "latents.json"
 EMPTY_CAPTION = "empty_caption.safetensors"
 LATENTS = ("latent_mean", "latent_std")
-TEXT = ("encoder_hidden_states", "text_embeds")
 PER_FOLDER = 1000
 
 
@@ -148,14 +147,16 @@ class LatentData(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         index, seed = self.data.indices[key[0]], key[1]
         flip, caption = self.data.draw_flip(seed), self.data.draw_caption(index, seed)
-        text = self.cache.path(index) if caption is not None else self.cache.folder / EMPTY_CAPTION
-        sample = {"seeds": seed, **_read(self.cache.path(index), LATENTS, int(flip)), **_read(text, TEXT, caption or 0)}
-        with safe_open(self.cache.path(index), "pt") as file:
-            sample["time_ids"] = file.get_tensor("time_ids")
-        return sample
+        path = self.cache.path(index)
+        with safe_open(path, "pt") as file:
+            image = {name: file.get_slice(name)[int(flip)] for name in LATENTS}
+            image["time_ids"] = file.get_tensor("time_ids")
+        text = _read_text(self.cache.folder / EMPTY_CAPTION, 0) if caption is None else _read_text(path, caption)
+        return {"seeds": seed, **image, **text}
 
 
-def _read(path: Path, names: Sequence[str], row: int) -> dict[str, torch.Tensor]:
-    """One row of each of the named tensors that are in a file."""
+def _read_text(path: Path, row: int) -> dict[str, torch.Tensor]:
+    """The text of one caption: whatever a file holds beside the image."""
     with safe_open(path, "pt") as file:
-        return {name: file.get_slice(name)[row] for name in names if name in file.keys()}  # noqa: SIM118
+        names = set(file.keys()) - {*LATENTS, "time_ids"}
+        return {name: file.get_slice(name)[row] for name in names}

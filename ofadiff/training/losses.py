@@ -1,19 +1,22 @@
 """The denoising loss L_n of a sample n = (x0, t, ε), in two parts.
 
 A *prepare* function turns a batch into what the denoiser is called with and the target it should predict; the loss
-compares. Another kind of model (flow matching, say) is another prepare function.
+compares. Another kind of model is another prepare function, another forward process (`diffuse` here, or flow matching)
+another function that it is given.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
+
+from ofadiff.training.families import Family, pack_latents
 
 Batch = dict[str, Any]
 
@@ -34,6 +37,27 @@ class DenoiserInputs:
 
 
 Prepare = Callable[[Batch], DenoiserInputs]
+
+
+@dataclass(frozen=True)
+class NoisySamples:
+    """What a forward process makes of clean samples.
+
+    Attributes:
+        sample: x_t, `(N, C, H, W)`.
+        timesteps: `(N,)`, as the pipeline's scheduler counts them.
+        target: What the denoiser should predict, `(N, C, H, W)`.
+        weight: Of each sample's loss, `(N,)`.
+    """
+
+    sample: Tensor
+    timesteps: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+# (x0, seeds) -> noisy samples.
+ForwardProcess = Callable[[Tensor, Tensor], NoisySamples]
 
 
 def draw_noise(seeds: Tensor, shape: tuple[int, ...], num_timesteps: int) -> tuple[Tensor, Tensor]:
@@ -107,26 +131,18 @@ def draw_latents(encoded: Batch, seeds: Tensor) -> Tensor:
     return mean + std * draw_normal(seeds, tuple(mean.shape[1:]), "latent").to(mean)
 
 
-def noisy_inputs(
-    x0: Tensor,
-    seeds: Tensor,
-    noise_scheduler: Any,
-    conditions: dict[str, Any],
-    snr_gamma: float | None = None,
-    noise_offset: float = 0.0,
-    sample_name: str = "sample",
-) -> DenoiserInputs:
-    """A noisy sample for the denoiser, and what it should predict.
+def diffuse(
+    x0: Tensor, seeds: Tensor, noise_scheduler: Any, snr_gamma: float | None = None, noise_offset: float = 0.0
+) -> NoisySamples:
+    """The forward process of a DDPM-style scheduler.
 
     Args:
         x0: What is denoised, `(N, C, H, W)`.
         seeds: `(N,)`, integers that fix each sample's noise and timestep.
         noise_scheduler: A `DDPMScheduler`, or another with its `add_noise` and `get_velocity`.
-        conditions: Further arguments of the denoiser's forward.
         snr_gamma: γ of `min_snr_weight`; None weights all timesteps alike.
         noise_offset: Size of a random shift of each channel's noise, which lets a model learn very dark and very bright
             images.
-        sample_name: What the denoiser's forward calls the noisy sample.
 
     Raises:
         ValueError: If the scheduler's prediction type is not one of `TARGETS`.
@@ -138,14 +154,29 @@ def noisy_inputs(
     if noise_offset:
         noise = noise + noise_offset * draw_normal(seeds, (x0.shape[1], 1, 1), "noise offset")
     noise, timesteps = noise.to(x0), timesteps.to(x0.device)
-
-    arguments = {sample_name: noise_scheduler.add_noise(x0, noise, timesteps), "timestep": timesteps, **conditions}
-    target = TARGETS[prediction_type](noise_scheduler, x0, noise, timesteps)
     if snr_gamma is None:
         weight = torch.ones(len(x0), device=x0.device)
     else:
         weight = min_snr_weight(noise_scheduler, timesteps, snr_gamma)
-    return DenoiserInputs(arguments, target, weight)
+    target = TARGETS[prediction_type](noise_scheduler, x0, noise, timesteps)
+    return NoisySamples(noise_scheduler.add_noise(x0, noise, timesteps), timesteps, target, weight)
+
+
+def noisy_inputs(
+    x0: Tensor, seeds: Tensor, noise_scheduler: Any, conditions: dict[str, Any], sample_name: str = "sample"
+) -> DenoiserInputs:
+    """What a denoiser under a DDPM-style scheduler is called with, and what it should predict.
+
+    Args:
+        x0: As in `diffuse`.
+        seeds: As in `diffuse`.
+        noise_scheduler: As in `diffuse`.
+        conditions: Further arguments of the denoiser's forward.
+        sample_name: What the denoiser's forward calls the noisy sample.
+    """
+    noisy = diffuse(x0, seeds, noise_scheduler)
+    arguments = {sample_name: noisy.sample, "timestep": noisy.timesteps, **conditions}
+    return DenoiserInputs(arguments, noisy.target, noisy.weight)
 
 
 def prepare_pixels(batch: Batch, noise_scheduler: Any) -> DenoiserInputs:
@@ -154,7 +185,7 @@ def prepare_pixels(batch: Batch, noise_scheduler: Any) -> DenoiserInputs:
     Args:
         batch: `pixel_values`, `(N, C, H, W)` in [-1, 1]; `seeds`, `(N,)`; and for class-conditional models
             `class_labels`, `(N,)`.
-        noise_scheduler: As in `noisy_inputs`.
+        noise_scheduler: As in `diffuse`.
     """
     conditions = {"class_labels": batch["class_labels"]} if "class_labels" in batch else {}
     return noisy_inputs(batch["pixel_values"], batch["seeds"], noise_scheduler, conditions)
@@ -162,35 +193,35 @@ def prepare_pixels(batch: Batch, noise_scheduler: Any) -> DenoiserInputs:
 
 def prepare_latents(
     batch: Batch,
-    noise_scheduler: Any,
+    family: Family,
+    config: Mapping[str, Any],
+    forward_process: ForwardProcess,
     encode: Callable[[Batch], Batch] | None = None,
-    snr_gamma: float | None = None,
-    noise_offset: float = 0.0,
 ) -> DenoiserInputs:
-    """Inputs of a text-conditional `UNet2DConditionModel` under a DDPM-style scheduler.
+    """Inputs of a text-to-image pipeline's denoiser.
 
     Args:
         batch: What `encode` takes; without it, what `TextToImageEncoder` gives: the distribution of the latents,
-            `latent_mean` and `latent_std`, `(N, C, H, W)`; `encoder_hidden_states`, `(N, tokens, channels)`; `seeds`,
-            `(N,)`; and for SDXL `text_embeds`, `(N, channels)`, and `time_ids`, `(N, 6)`.
-        noise_scheduler: As in `noisy_inputs`.
+            `latent_mean` and `latent_std`, `(N, C, H, W)`; the text; and `seeds`, `(N,)`.
+        family: The kind of pipeline.
+        config: Of the denoiser.
+        forward_process: How latents become noisy, such as `diffuse` with its scheduler bound.
         encode: Turns images and captions into that, such as a `TextToImageEncoder`.
-        snr_gamma: As in `noisy_inputs`.
-        noise_offset: As in `noisy_inputs`.
     """
     encoded = batch if encode is None else encode(batch)
-    seeds = encoded["seeds"]
-    x0 = draw_latents(encoded, seeds)
-    conditions = {"encoder_hidden_states": encoded["encoder_hidden_states"]}
-    if "text_embeds" in encoded:
-        conditions["added_cond_kwargs"] = {name: encoded[name] for name in ("text_embeds", "time_ids")}
-    return noisy_inputs(x0, seeds, noise_scheduler, conditions, snr_gamma, noise_offset)
+    noisy = forward_process(draw_latents(encoded, encoded["seeds"]), encoded["seeds"])
+    arguments = family.arguments(config, noisy.sample, noisy.timesteps, encoded)
+    return DenoiserInputs(arguments, pack_latents(noisy.target, family.packing), noisy.weight)
 
 
 def predict(model: nn.Module, inputs: DenoiserInputs) -> Tensor:
-    """The denoiser's prediction, `(N, C, H, W)`, in the precision of its weights."""
-    dtype = next(model.parameters()).dtype
-    return model(**_as_dtype(inputs.arguments, dtype), return_dict=False)[0]
+    """The denoiser's prediction, `(N, C, H, W)`, in the precision of its weights.
+
+    Timesteps stay what they are, for the denoiser to embed: bfloat16 knows two of 998, 999 and 1000 at most.
+    """
+    arguments = _as_dtype(inputs.arguments, next(model.parameters()).dtype)
+    arguments["timestep"] = inputs.arguments["timestep"]
+    return model(**arguments, return_dict=False)[0]
 
 
 def _as_dtype(value: Any, dtype: torch.dtype) -> Any:

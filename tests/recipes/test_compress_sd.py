@@ -266,8 +266,8 @@ def test_only_text_to_image_pipelines_are_taken(run, files, tmp_path, monkeypatc
     refused(tmp_path / "nowhere", "no such folder, and the hub gave none")
     shutil.copytree(files / "sd1", tmp_path / "other")
     index = json.loads((tmp_path / "other" / "model_index.json").read_text())
-    (tmp_path / "other" / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    refused(tmp_path / "other", "other is a FluxPipeline; expected .* StableDiffusionXLPipeline")
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps({**index, "_class_name": "KandinskyPipeline"}))
+    refused(tmp_path / "other", "other is a KandinskyPipeline; expected .* StableDiffusionXLPipeline")
     save_stable_diffusion(tmp_path / "inpainting", in_channels=9)
     refused(tmp_path / "inpainting", "9 input and 4 output channels, its VAE 4")
     with pytest.raises(ValueError, match="a FlowScheduler with prediction type None; expected a DDPM-style one"):

@@ -43,9 +43,9 @@ def test_smaller_subnets_are_further_from_the_teacher(supernet, teacher, inputs)
 
 def test_features_count_alike_whatever_their_scale():
     generator = torch.Generator().manual_seed(0)
-    teacher = {"a": torch.randn(2, 4, 3, 3, generator=generator), "b": torch.randn(2, 8, generator=generator)}
-    student = {name: value + 0.1 * value.roll(1, 0) for name, value in teacher.items()}
-    scaled = [{"a": 1e3 * side["a"], "b": 1e-3 * side["b"]} for side in (student, teacher)]
+    teacher = {"a": (torch.randn(2, 4, 3, 3, generator=generator), torch.randn(2, 8, generator=generator))}
+    student = {"a": tuple(value + 0.1 * value.roll(1, 0) for value in teacher["a"])}
+    scaled = [{"a": (1e3 * side["a"][0], 1e-3 * side["a"][1])} for side in (student, teacher)]
     torch.testing.assert_close(feature_loss(*scaled), feature_loss(student, teacher))
 
 

@@ -1,13 +1,16 @@
+import functools
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from ofadiff.training.families.stable_diffusion import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from ofadiff.training.losses import (
     denoising_loss,
+    diffuse,
     draw_noise,
     draw_normal,
     min_snr_weight,
-    noisy_inputs,
     prepare_latents,
     prepare_pixels,
 )
@@ -90,21 +93,20 @@ def test_min_snr_weights_all_prediction_types_alike_in_terms_of_x0(prediction_ty
 def test_the_weights_reach_the_loss():
     scheduler = DDPMScheduler(num_train_timesteps=100)
     x0, seeds = torch.zeros(6, 4, 8, 8), torch.arange(6)
-    inputs = noisy_inputs(x0, seeds, scheduler, {}, snr_gamma=5.0)
-    assert torch.equal(inputs.weight, min_snr_weight(scheduler, inputs.arguments["timestep"], 5.0))
-    assert torch.equal(noisy_inputs(x0, seeds, scheduler, {}).weight, torch.ones(6))
+    noisy = diffuse(x0, seeds, scheduler, snr_gamma=5.0)
+    assert torch.equal(noisy.weight, min_snr_weight(scheduler, noisy.timesteps, 5.0))
+    assert torch.equal(diffuse(x0, seeds, scheduler).weight, torch.ones(6))
 
 
 def test_the_noise_offset_shifts_whole_channels_of_input_and_target():
     scheduler = DDPMScheduler(num_train_timesteps=100)
     x0, seeds = torch.zeros(6, 4, 8, 8), torch.arange(6)
-    plain, shifted = (noisy_inputs(x0, seeds, scheduler, {}, noise_offset=offset) for offset in (0.0, 0.5))
+    plain, shifted = (diffuse(x0, seeds, scheduler, noise_offset=offset) for offset in (0.0, 0.5))
     shift = shifted.target - plain.target
     torch.testing.assert_close(shift, shift.mean((2, 3), keepdim=True).expand_as(shift), atol=1e-5, rtol=0)
     assert 0.3 < shift[:, :, 0, 0].std() < 0.7
-    sigma = (1 - scheduler.alphas_cumprod[plain.arguments["timestep"]]).sqrt().view(-1, 1, 1, 1)
-    expected = plain.arguments["sample"] + sigma * shift
-    torch.testing.assert_close(shifted.arguments["sample"], expected, atol=1e-5, rtol=0)
+    sigma = (1 - scheduler.alphas_cumprod[plain.timesteps]).sqrt().view(-1, 1, 1, 1)
+    torch.testing.assert_close(shifted.sample, plain.sample + sigma * shift, atol=1e-5, rtol=0)
 
 
 def test_draws_of_different_purposes_are_independent():
@@ -123,8 +125,10 @@ def test_latents_are_drawn_from_their_distribution_anew_for_every_seed():
         "encoder_hidden_states": torch.zeros(n, 5, 8),
         "seeds": torch.arange(n),
     }
-    inputs = prepare_latents(batch, scheduler)
+    forward_process = functools.partial(diffuse, noise_scheduler=scheduler)
+    inputs = prepare_latents(batch, STABLE_DIFFUSION, {}, forward_process)
     assert inputs.target.mean() == pytest.approx(3.0, abs=0.05) and inputs.target.std() == pytest.approx(0.5, abs=0.05)
     assert set(inputs.arguments) == {"sample", "timestep", "encoder_hidden_states"}
-    xl = prepare_latents({**batch, "text_embeds": torch.zeros(n, 8), "time_ids": torch.ones(n, 6).long()}, scheduler)
+    added = {"text_embeds": torch.zeros(n, 8), "time_ids": torch.ones(n, 6).long()}
+    xl = prepare_latents({**batch, **added}, STABLE_DIFFUSION_XL, {}, forward_process)
     assert set(xl.arguments["added_cond_kwargs"]) == {"text_embeds", "time_ids"}
