@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from ofadiff import OFAPipeline, evaluate
 from ofadiff.evaluation import Report, register_extractor
+from ofadiff.training.data import hold_out
 
 EXTRACTOR = "emoji CLIP"
 UNTRAINED = "not trained jointly"
@@ -64,7 +65,7 @@ SETTINGS = {
         clip=Recipe((96,), 600, 128, 2e-3),
         vae=Recipe((16, 32, 64), 1500, 32, 2e-3),
         unet=Recipe((64, 128), 3000, 32, 2e-3),
-        joint=Recipe((), 1000, 32, 1e-3),
+        joint=Recipe((), 1000, 32, 5e-4),
         sizes=(0.4, 0.6, 0.8, 1.0),
         num_samples=400,
     ),
@@ -78,6 +79,7 @@ SETTINGS = {
         num_samples=1405,
     ),
 }
+VALIDATION_FRACTION = 0.1
 INFERENCE_STEPS = 20
 GUIDANCE_SCALE = 3.0
 
@@ -101,7 +103,7 @@ def benchmark(args: argparse.Namespace) -> Report:
 
     print("2/4  A small Stable Diffusion, trained from scratch", flush=True)
     torch.manual_seed(args.seed)
-    train_original(folder, images * 2 - 1, captions, setting, device)
+    train_original(folder, images * 2 - 1, captions, setting, args.seed, device)
 
     print("3/4  Compression", flush=True)
     compress(folder, setting, args.seed, "untrained", steps=0)
@@ -131,7 +133,9 @@ def read_images(folder: Path, count: int) -> torch.Tensor:
     return torch.stack([pil_to_tensor(Image.open(folder / f"{index:04}.png")) for index in range(count)]) / 255
 
 
-def train_original(folder: Path, images: torch.Tensor, captions: list[str], setting: Setting, device: str) -> None:
+def train_original(
+    folder: Path, images: torch.Tensor, captions: list[str], setting: Setting, seed: int, device: str
+) -> None:
     """Makes `folder/clip`, `folder/vae` and `folder/original`, the pipeline, one after the other."""
     if not (folder / "clip").exists():
         tokenizer = make_tokenizer(folder / "tokenizer", captions)
@@ -142,7 +146,9 @@ def train_original(folder: Path, images: torch.Tensor, captions: list[str], sett
         vae = AutoencoderKL.from_pretrained(folder / "vae")
         tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
         pipeline = make_pipeline(vae, folder / "clip", tokenizer, setting.unet, setting.resolution)
-        train_unet(pipeline, images, captions, setting.unet, device)
+        # What compress_sd.py holds out for validation, the original does not see either.
+        seen, _ = hold_out(len(captions), VALIDATION_FRACTION, seed)
+        train_unet(pipeline, images[seen], [captions[index] for index in seen], setting.unet, device)
         pipeline.save_pretrained(folder / "original")
 
 
@@ -157,7 +163,7 @@ def compress(folder: Path, setting: Setting, seed: int, name: str, steps: int) -
         "output_dir": folder / name,
         "cache_dir_latents": folder / "latents",
         "resolution": setting.resolution,
-        "validation_fraction": 0.1,
+        "validation_fraction": VALIDATION_FRACTION,
         "max_train_steps": steps,
         "train_batch_size": recipe.batch_size,
         "learning_rate": recipe.learning_rate,
