@@ -1,0 +1,44 @@
+"""Extracted models against the full one: the time ratio beside the ratio of MACs, and what aligned widths are worth.
+
+python benchmarks/latency.py
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import torch
+from denoisers import make_denoiser, make_supernet, random_batch
+from side_by_side import Comparison, main
+
+from ofadiff.training.losses import predict
+
+SIZES = (0.4, 0.6, 0.8, 1.0)
+BATCH_SIZES = {"cpu": (2,), "cuda": (4, 16)}
+
+# Of the time ratio over the ratio of MACs.
+MAX_TIME = 1.15
+
+
+@torch.no_grad()
+def compare(comparison: Comparison) -> None:
+    aligned = make_supernet(make_denoiser(comparison), SIZES)
+    unaligned = make_supernet(make_denoiser(comparison), SIZES, alignment=1)
+    models = {"full": aligned.extract(SIZES[-1])}
+    for size in SIZES[:-1]:
+        models[f"{size:g}"] = aligned.extract(size)
+        models[f"{size:g} unaligned"] = unaligned.extract(size)
+    for batch_size in (1,) if comparison.quick else BATCH_SIZES[comparison.device.type]:
+        batch = random_batch(aligned.model, batch_size)
+        times = comparison.time_in_turn({name: partial(predict, model, batch) for name, model in models.items()})
+        for subnet in list(aligned.subnets)[:-1]:
+            macs = subnet.macs / aligned.subnets.full_macs
+            what = f"batch {batch_size}, size {subnet.size:g} with {macs:.3f} of the MACs"
+            name = f"{subnet.size:g}"
+            comparison.add_times(f"{what}: extracted, full", times[name], times["full"], MAX_TIME * macs)
+            comparison.add_times(f"{what}: aligned, unaligned", times[name], times[f"{name} unaligned"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(compare, __doc__))
