@@ -2,8 +2,9 @@
 
     python benchmarks/loading.py
 
-Memory is the most that is resident while loading, mapped pages of files included, in a fresh process. Read is what the
-disk delivers to an emptied cache (Linux; file systems that live in memory have no such number, and no such row).
+Memory is the most that is resident while loading, mapped pages of files included, in a new process (Linux). Read are
+the tensors and parts of tensors that are copied out of the files. How much more the disk delivers to an emptied cache is
+up to the system, which reads ahead in blocks (its own row, without a bound; none where files live in memory).
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from denoisers import SHAPES, make_denoiser, make_supernet
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 from side_by_side import Comparison, main
 from torch import nn
 
-from ofadiff import Supernet
+from ofadiff import Supernet, extracted
 from ofadiff.extracted import load_extracted
 from ofadiff.sizes import SizeTable, Subnet
 from ofadiff.supernet import denoiser_class, read_ofa_config
@@ -60,10 +64,11 @@ def compare_size(comparison: Comparison, folder: Path, subnet: Subnet) -> None:
         measure(name, folder, subnet.size) if comparison.quick else in_new_process(name, folder, subnet.size)
         for name in LOADS
     )
-    for number, kind in enumerate(("peak memory", "read")):
-        if everything[number]:
-            comparison.add_memory(f"{what}, {kind}: loaded alone, its weights", alone[number], own, MAX_RATIO)
-            comparison.add_memory(f"{what}, {kind}: loaded alone, all loaded", alone[number], everything[number])
+    comparison.add_memory(f"{what}, peak memory: loaded alone, its weights", alone[0], own, MAX_RATIO)
+    comparison.add_memory(f"{what}, peak memory: loaded alone, all loaded", alone[0], everything[0])
+    comparison.add_memory(f"{what}, read: loaded alone, its weights", bytes_read(steps["alone"]), own, MAX_RATIO)
+    if everything[1]:
+        comparison.add_memory(f"{what}, delivered by the disk: loaded alone, all loaded", alone[1], everything[1])
 
 
 def load_alone(folder: Path, size: float) -> nn.Module:
@@ -79,6 +84,56 @@ def load_all(folder: Path, size: float) -> nn.Module:
 LOADS: dict[str, Callable[[Path, float], nn.Module]] = {"alone": load_alone, "all": load_all}
 
 
+class CountedFile:
+    """`safe_open`, counting the bytes that it gives."""
+
+    given = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.file = safe_open(*args, **kwargs)
+
+    def __enter__(self) -> CountedFile:
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.__exit__(*exception)
+
+    def keys(self) -> list[str]:
+        return self.file.keys()
+
+    def get_tensor(self, key: str) -> torch.Tensor:
+        return self.counted(self.file.get_tensor(key))
+
+    def get_slice(self, key: str) -> CountedSlice:
+        return CountedSlice(self.file.get_slice(key))
+
+    @classmethod
+    def counted(cls, tensor: torch.Tensor) -> torch.Tensor:
+        cls.given += tensor.nbytes
+        return tensor
+
+
+class CountedSlice:
+    """What `get_slice` gives, counting too."""
+
+    def __init__(self, stored: Any) -> None:
+        self.stored = stored
+
+    def get_shape(self) -> list[int]:
+        return self.stored.get_shape()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return CountedFile.counted(self.stored[index])
+
+
+def bytes_read(load: Callable[[], nn.Module]) -> int:
+    CountedFile.given = 0
+    with mock.patch.object(extracted, "safe_open", CountedFile):
+        load()
+    return CountedFile.given
+
+
 def in_new_process(name: str, folder: Path, size: float) -> tuple[int, int]:
     """`measure` where nothing was loaded before."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -86,7 +141,7 @@ def in_new_process(name: str, folder: Path, size: float) -> tuple[int, int]:
 
 
 def measure(name: str, folder: Path, size: float) -> tuple[int, int]:
-    """Bytes that a load makes resident at most, and that it reads from the disk when nothing is cached (Linux)."""
+    """Bytes that a load makes resident at most, and that the disk delivers for it when nothing is cached."""
     LOADS[name](folder / "tiny", size)  # imports what a load imports
     gc.collect()
     for file in (folder / "whole").glob("*.safetensors"):

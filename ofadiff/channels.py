@@ -168,7 +168,7 @@ def _cut(tensor: torch.Tensor, dim: int, kept: Kept) -> torch.Tensor:
 
 
 def read_active_part(stored: Any, parameter: str, kept: Kept, dtype: torch.dtype) -> torch.Tensor:
-    """`active_part` of a parameter that lies in a safetensors file, reading no more than that part.
+    """A copy of the `active_part` of a parameter that lies in a safetensors file, reading no more than that part.
 
     Args:
         stored: What `safe_open(…).get_slice(key)` gives.
@@ -192,7 +192,7 @@ def read_active_part(stored: Any, parameter: str, kept: Kept, dtype: torch.dtype
                 piece = _read(stored, dim, start + repeat * stride, units * part.channels).to(dtype)
                 pieces.append(_scaled(piece, part, units))
         return torch.cat(pieces, dim)
-    return stored[:].to(dtype)
+    return stored[:].to(dtype, copy=True)
 
 
 def _read(stored: Any, dim: int, start: int, length: int) -> torch.Tensor:

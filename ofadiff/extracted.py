@@ -23,7 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 
 from ofadiff.basis import BASIS_NAME, load_basis, save_basis
-from ofadiff.channels import ChannelGroup, active_part, check_widths, read_active_part
+from ofadiff.channels import ChannelGroup, Kept, active_part, check_widths, read_active_part
 from ofadiff.elastic import kept_by_module, shrink_model
 from ofadiff.size_adapter import load_size_adapter
 from ofadiff.sizes import CONFIG_NAME, Subnet
@@ -33,6 +33,9 @@ from ofadiff.unet_elastic import find_channel_groups
 WIDTHS_KEY = "ofa_widths"
 
 PREFIX = "OFA"
+
+# What was read of a file stays resident while it is open, and opening it takes a millisecond or two.
+TENSORS_PER_OPENING = 16
 
 
 class ExtractedModel:
@@ -204,16 +207,10 @@ def load_extracted(
     kept = kept_by_module(_groups_of(stock, stock.load_config(directory), widths), widths)
     adapter = load_size_adapter(directory, subnet.size)
     dtype = torch_dtype if isinstance(torch_dtype, torch.dtype) else torch.float32
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for file, keys in _weight_files(directory, variant).items():
-        with safe_open(file, framework="pt") as weights:
-            for key in weights.keys() if keys is None else keys:
-                module, _, name = key.rpartition(".")
-                stored = weights.get_slice(key)
-                is_float = stored.get_dtype().startswith(("F", "BF"))
-                state[key] = (
-                    read_active_part(stored, name, kept.get(module, ()), dtype) if is_float else weights.get_tensor(key)
-                )
+        for start in range(0, len(keys), TENSORS_PER_OPENING):
+            state |= _read_parts(file, keys[start : start + TENSORS_PER_OPENING], kept, dtype)
     small.load_state_dict(state, assign=True, strict=True)
     if adapter is not None:
         adapter.merge_into(small)
@@ -223,6 +220,22 @@ def load_extracted(
     return small
 
 
+def _read_parts(
+    file: Path, keys: Sequence[str], kept: Mapping[str, Kept], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """What a subnet keeps of some tensors in a file, copied: views would keep the file mapped."""
+    parts = {}
+    with safe_open(file, framework="pt") as weights:
+        for key in keys:
+            module, _, name = key.rpartition(".")
+            if kept.get(module):
+                parts[key] = read_active_part(weights.get_slice(key), name, kept[module], dtype)
+            else:
+                tensor = weights.get_tensor(key)
+                parts[key] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return parts
+
+
 def _groups_of(stock: type[ModelMixin], config: Any, widths: Mapping[str, int]) -> list[ChannelGroup]:
     """The channel groups that `widths` names, of the full-size model of a config."""
     with init_empty_weights(include_buffers=False):
@@ -230,18 +243,19 @@ def _groups_of(stock: type[ModelMixin], config: Any, widths: Mapping[str, int]) 
     return [group for group in groups if group.name in widths]
 
 
-def _weight_files(directory: Path, variant: str | None) -> dict[Path, list[str] | None]:
-    """The safetensors files of a model, each with its keys (None for all that are in it)."""
+def _weight_files(directory: Path, variant: str | None) -> dict[Path, list[str]]:
+    """The safetensors files of a model, each with the keys of the tensors to read from it."""
     index = directory / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
     if index.is_file():
-        files: dict[Path, list[str] | None] = {}
+        files: dict[Path, list[str]] = {}
         for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            files.setdefault(directory / name, []).append(key)  # type: ignore[union-attr]
+            files.setdefault(directory / name, []).append(key)
         return files
     single = directory / _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)
     if not single.is_file():
         raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}")
-    return {single: None}
+    with safe_open(single, framework="pt") as weights:
+        return {single: list(weights.keys())}
 
 
 def _basis_file(name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any) -> Path | None:
