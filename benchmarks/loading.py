@@ -3,8 +3,8 @@
     python benchmarks/loading.py
 
 Memory is the most that is resident while loading, mapped pages of files included, in a new process (Linux). Read are
-the tensors and parts of tensors that are copied out of the files. How much more the disk delivers to an emptied cache is
-up to the system, which reads ahead in blocks (its own row, without a bound; none where files live in memory).
+the tensors and parts of tensors that are copied out of the files. How much more the disk delivers to an emptied cache
+is up to the system, which reads ahead in blocks (its own row, without a bound; none where files live in memory).
 """
 
 from __future__ import annotations
