@@ -56,7 +56,7 @@ def allocate(
         min_keep: Smallest share of its units that a group keeps, in (0, 1].
         alignment: Keep multiples of this many channels (of the head dimension in attention), 1 for any number. A group
             that would have fewer than four such widths takes finer steps. Full width always counts as aligned.
-        inputs: Keyword arguments of the forward that MACs are counted on; by default `cost.example_inputs(model)`.
+        inputs: Keyword arguments of the forward that MACs are counted on; by default `example_inputs(model)`.
 
     Returns:
         The subnets in ascending order, each within 0.5 % of the full model's budget where the units allow.
@@ -161,7 +161,7 @@ def _budget_widths(
     costs: UnitCosts,
 ) -> dict[float, dict[str, int]]:
     full, unit = (costs.params, costs.unit_params) if budget == "params" else (costs.macs, costs.unit_macs)
-    ladders = {group.name: _ladder(group, min_keep, alignment) for group in groups}
+    ladders = {group.name: ladder(group, min_keep, alignment) for group in groups}
     floor = {name: ladder[0] for name, ladder in ladders.items()}
     smallest = _cost(full, unit, groups, floor)
     if sizes[0] * full < smallest - TOLERANCE * full:
@@ -189,7 +189,7 @@ def _budget_widths(
     return chosen
 
 
-def _ladder(group: ChannelGroup, min_keep: float, alignment: int) -> list[int]:
+def ladder(group: ChannelGroup, min_keep: float, alignment: int) -> list[int]:
     """The widths that a group may have, ascending: multiples of its step from the floor on, and full width."""
     step = group.step(alignment)
     while step > 1 and group.width < MIN_STEPS * step:

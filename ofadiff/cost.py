@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ofadiff.channels import ChannelGroup, row_axis
-
-TEXT_TOKENS = 77
+from ofadiff.inputs import example_inputs
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -25,26 +23,13 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> int:
     """Multiply-accumulate operations of one forward, as PyTorch's own FLOP counter sees them (a MAC is two FLOPs).
 
-    Nothing is computed: the forward runs on the meta device.
+    Nothing is computed where the model lets the forward run on the meta device.
 
     Args:
         model: The denoiser, elastic (counted at its current size) or not.
         inputs: Keyword arguments of the forward; by default `example_inputs(model)`, a batch of one.
     """
     return _counted_forward(model, inputs).get_total_flops() // 2
-
-
-def example_inputs(model: nn.Module, batch_size: int = 1) -> dict[str, Any]:
-    """Keyword arguments for one forward at the sample size of the model's config, on its device, in its dtype.
-
-    Raises:
-        ValueError: If the model's class is none that inputs are known for, or its config has no sample size.
-    """
-    for known, make in INPUTS.items():
-        if isinstance(model, known):
-            return make(model, batch_size)
-    accepted = ", ".join(known.__name__ for known in INPUTS)
-    raise ValueError(f"no example inputs are known for {type(model).__name__}, only for {accepted}; pass inputs")
 
 
 @dataclass(frozen=True)
@@ -75,29 +60,43 @@ def unit_costs(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Mapping
     Raises:
         ValueError: If a module is cut on both axes, so that costs are no sum over groups.
     """
+    params = unit_parameters(model, groups)
     counter = _counted_forward(model, inputs)
     flops = {name: sum(per_op.values()) for name, per_op in counter.get_flop_counts().items()}
     root = type(model).__name__
-    cut_axes: dict[str, str] = {}
-    unit_params: dict[str, int] = {}
     unit_macs: dict[str, int] = {}
     for group in groups:
         # What the block computes outside its children: the two products of an attention.
         own = _own_flops(flops, f"{root}.{group.block}") if group.kind.endswith("attention") else 0
-        params, macs = 0, own // 2 // group.width
+        if all(part.basis == "value_output" for part in group.slices):
+            own //= 2  # queries and keys, and their product, stay
+        macs = own // 2 // group.width
+        for part in group.slices:
+            if f"{root}.{part.module}" in flops:
+                length = model.get_submodule(part.module).weight.shape[0 if part.axis == "out" else 1]
+                macs += flops[f"{root}.{part.module}"] // 2 * part.repeats * part.channels // length
+        unit_macs[group.name] = macs
+    return UnitCosts(count_parameters(model), counter.get_total_flops() // 2, params, unit_macs)
+
+
+def unit_parameters(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, int]:
+    """Parameters that one unit of each group owns.
+
+    Raises:
+        ValueError: If a module is cut on both axes, so that costs are no sum over groups.
+    """
+    cut_axes: dict[str, str] = {}
+    owned: dict[str, int] = {}
+    for group in groups:
+        owned[group.name] = 0
         for part in group.slices:
             if cut_axes.setdefault(part.module, part.axis) != part.axis:
                 raise ValueError(f"{part.module} is cut on both axes, so its cost is no sum over channel groups")
-            module = model.get_submodule(part.module)
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, parameter in model.get_submodule(part.module).named_parameters(recurse=False):
                 if part.axis == "out" or name == "weight":
                     length = parameter.shape[row_axis(parameter.shape) if part.axis == "out" else 1]
-                    params += parameter.numel() // length * part.repeats * part.channels
-            if f"{root}.{part.module}" in flops:
-                length = module.weight.shape[0 if part.axis == "out" else 1]
-                macs += flops[f"{root}.{part.module}"] // 2 * part.repeats * part.channels // length
-        unit_params[group.name], unit_macs[group.name] = params, macs
-    return UnitCosts(count_parameters(model), counter.get_total_flops() // 2, unit_params, unit_macs)
+                    owned[group.name] += parameter.numel() // length * part.repeats * part.channels
+    return owned
 
 
 def _own_flops(flops: Mapping[str, int], block: str) -> int:
@@ -114,62 +113,24 @@ def _own_flops(flops: Mapping[str, int], block: str) -> int:
 def _counted_forward(model: nn.Module, inputs: Mapping[str, Any] | None) -> FlopCounterMode:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
-    inputs = _to_meta(dict(example_inputs(model) if inputs is None else inputs))
+    inputs = dict(example_inputs(model) if inputs is None else inputs)
+    try:
+        return _count(model, on_meta, _to_meta(inputs))
+    except (NotImplementedError, RuntimeError):
+        # A model that looks at the values of its inputs, such as the lengths of the prompts, has to compute.
+        return _count(model, tensors, inputs)
+
+
+def _count(model: nn.Module, tensors: dict[str, torch.Tensor], inputs: dict[str, Any]) -> FlopCounterMode:
     # The fused attention kernels have no FLOP formula on every device; the plain one is two matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, on_meta, kwargs=inputs)
+        torch.func.functional_call(model, tensors, kwargs=inputs)
     return counter
 
 
 def _to_meta(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _to_meta(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_meta(entry) for entry in value)
     return value.to("meta") if isinstance(value, torch.Tensor) else value
-
-
-def _unet_2d_inputs(model: UNet2DModel, batch_size: int) -> dict[str, Any]:
-    device, dtype = model.device, model.dtype
-    inputs = {
-        "sample": torch.zeros(batch_size, model.config.in_channels, *_sample_size(model), device=device, dtype=dtype),
-        "timestep": torch.zeros(batch_size, device=device, dtype=torch.long),
-    }
-    if model.config.num_class_embeds is not None:
-        inputs["class_labels"] = torch.zeros(batch_size, device=device, dtype=torch.long)
-    return inputs
-
-
-def _unet_2d_condition_inputs(model: UNet2DConditionModel, batch_size: int) -> dict[str, Any]:
-    config, device, dtype = model.config, model.device, model.dtype
-    text_width = config.encoder_hid_dim or config.cross_attention_dim
-    if isinstance(text_width, (tuple, list)):
-        text_width = text_width[0]
-    inputs: dict[str, Any] = {
-        "sample": torch.zeros(batch_size, config.in_channels, *_sample_size(model), device=device, dtype=dtype),
-        "timestep": torch.zeros(batch_size, device=device, dtype=torch.long),
-        "encoder_hidden_states": torch.zeros(batch_size, TEXT_TOKENS, text_width, device=device, dtype=dtype),
-    }
-    if config.num_class_embeds is not None:
-        inputs["class_labels"] = torch.zeros(batch_size, device=device, dtype=torch.long)
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.zeros(batch_size, pooled, device=device, dtype=dtype),
-            "time_ids": torch.zeros(batch_size, 6, device=device, dtype=dtype),
-        }
-    if config.time_cond_proj_dim is not None:
-        inputs["timestep_cond"] = torch.zeros(batch_size, config.time_cond_proj_dim, device=device, dtype=dtype)
-    return inputs
-
-
-def _sample_size(model: nn.Module) -> tuple[int, int]:
-    size = model.config.sample_size
-    if size is None:
-        raise ValueError(f"the config of this {type(model).__name__} has no sample_size; pass inputs")
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-# A new kind of denoiser is one function and one line here.
-INPUTS: dict[type[nn.Module], Callable[..., dict[str, Any]]] = {
-    UNet2DModel: _unet_2d_inputs,
-    UNet2DConditionModel: _unet_2d_condition_inputs,
-}

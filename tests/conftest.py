@@ -12,7 +12,7 @@ import torch
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 
 from ofadiff import Supernet, allocate, find_channel_groups, rotate_attention, score_channels
-from ofadiff.cost import example_inputs
+from ofadiff.inputs import example_inputs
 
 torch.set_num_threads(1)
 

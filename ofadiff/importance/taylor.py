@@ -119,14 +119,17 @@ class _Recorder:
             handle.remove()
 
     def unit_scores(self, samples: int) -> dict[str, torch.Tensor]:
-        """Absolute value per channel and tensor, summed to units: for every group `(samples, width)`, float32."""
-        scores: dict[str, torch.Tensor] = {}
+        """Absolute value per channel and tensor, summed to units: for every group `(samples, width)`, float32.
+
+        Layers that the loss does not depend on count nothing: some transformers drop their last block's text stream.
+        """
+        if not self.products:
+            raise ValueError("the loss depends on no channel group of the model, so none has a score")
+        scores = {group.name: torch.zeros(samples, group.width) for group, _ in self.parts}
         for group, part in self.parts:
-            products = self.products.get((part.module, part.axis))
-            if products is None:
-                raise ValueError(f"{part.module} took no part in the loss, so {group.name} has no score")
-            unit = _per_sample_units(part, products, samples).cpu()
-            scores[group.name] = scores[group.name] + unit if group.name in scores else unit
+            if (part.module, part.axis) in self.products:
+                products = self.products[part.module, part.axis]
+                scores[group.name] += _per_sample_units(part, products, samples).cpu()
         return scores
 
 

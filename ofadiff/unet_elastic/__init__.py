@@ -40,7 +40,7 @@ def find_channel_groups(model: nn.Module) -> list[ChannelGroup]:
         ('down_blocks.0.resnets.0', 'convolution', 32, 4)
     """
     groups: list[ChannelGroup] = []
-    rigid: list[str] = []
+    rigid: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         finder = FINDERS.get(f"{type(module).__module__}.{type(module).__qualname__}")
         if finder is None:
@@ -49,14 +49,22 @@ def find_channel_groups(model: nn.Module) -> list[ChannelGroup]:
             groups += finder(name, module, _stage_of(name))
         except UnsupportedBlockError as reason:
             groups += reason.groups
-            rigid.append(f"{name} stays rigid: {reason}")
+            rigid.setdefault(str(reason), []).append(name)
     if not groups:
-        reasons = "; ".join(rigid) or "known blocks are listed in ofadiff.unet_elastic.FINDERS"
+        reasons = _listed(rigid) or "known blocks are listed in ofadiff.unet_elastic.FINDERS"
         raise ValueError(f"{type(model).__name__} has no block that can be cut; {reasons}")
     if rigid:
         share = elastic_parameters(model, groups) / sum(parameter.numel() for parameter in model.parameters())
-        warnings.warn(f"{share:.0%} of the parameters are elastic; {'; '.join(rigid)}", stacklevel=2)
+        warnings.warn(f"{share:.0%} of the parameters are elastic; {_listed(rigid)}", stacklevel=2)
     return groups
+
+
+def _listed(rigid: dict[str, list[str]]) -> str:
+    """Why which blocks stay rigid, in one line."""
+    return "; ".join(
+        f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} stays rigid: {reason}"
+        for reason, names in rigid.items()
+    )
 
 
 def elastic_parameters(model: nn.Module, groups: list[ChannelGroup]) -> int:

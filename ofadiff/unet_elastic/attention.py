@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ofadiff.channels import ChannelGroup, Slice
-from ofadiff.unet_elastic.heads import OUTPUTS, attention_kind, head_group, layers_of
+from ofadiff.unet_elastic.heads import OUTPUTS, WHOLE_HEADS, attention_kind, head_group, layers_of
 from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
 
 # Processors that take the head dimension as they find it, and have nothing between projections and products but q/k
@@ -21,32 +21,6 @@ OFFSETS = {
     "SlicedAttnProcessor",
     "XFormersAttnProcessor",
     "XFormersJointAttnProcessor",
-}
-# Processors with rotary embeddings, or whose attention is linear: the unit is a whole head.
-WHOLE_HEADS = {
-    "AllegroAttnProcessor2_0",
-    "AuraFlowAttnProcessor2_0",
-    "BriaAttnProcessor",
-    "CogVideoXAttnProcessor2_0",
-    "CogView4AttnProcessor",
-    "CosmosAttnProcessor2_0",
-    "CosmosAttnProcessor2_5",
-    "DreamLiteAttnProcessor2_0",
-    "EasyAnimateAttnProcessor2_0",
-    "GlmImageAttnProcessor",
-    "HiDreamAttnProcessor",
-    "HunyuanAttnProcessor2_0",
-    "HunyuanImageAttnProcessor",
-    "HunyuanVideo15AttnProcessor2_0",
-    "HunyuanVideoAttnProcessor2_0",
-    "Lumina2AttnProcessor2_0",
-    "NucleusMoEAttnProcessor2_0",
-    "OmniGenAttnProcessor2_0",
-    "QwenDoubleStreamAttnProcessor2_0",
-    "SanaLinearAttnProcessor2_0",
-    "SanaLinearAttnProcessor3_0",
-    "StableAudioAttnProcessor2_0",
-    "ZSingleStreamAttnProcessor",
 }
 # Processors that take the heads' width from `out_dim`.
 READ_OUT_DIM = {"CosmosAttnProcessor2_5", "OmniGenAttnProcessor2_0"}

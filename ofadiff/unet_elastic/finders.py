@@ -80,6 +80,9 @@ FINDERS: dict[str, Callable[..., list[ChannelGroup]]] = {
     "diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttention": fused_single_stream_groups,
     "diffusers.models.attention.FeedForward": feed_forward_groups,
     "diffusers.models.attention.LuminaFeedForward": neurons("linear_1", "linear_3", reader="linear_2"),
+    "diffusers.models.embeddings.CombinedTimestepLabelEmbeddings": neurons(
+        "timestep_embedder.linear_1", reader="timestep_embedder.linear_2"
+    ),
     "diffusers.models.transformers.ace_step_transformer.AceStepMLP": neurons(
         "gate_proj", "up_proj", reader="down_proj"
     ),

@@ -39,6 +39,32 @@ HEADS = ("heads", "num_heads", "num_attention_heads")
 KEY_HEADS = ("kv_heads", "num_kv_heads", "num_key_value_heads")
 WIDTHS = (*HEADS, *KEY_HEADS, "sliceable_head_dim", "inner_dim", "inner_kv_dim", "kv_inner_dim")
 
+# Processors of the class `Attention` with rotary embeddings, or whose attention is linear: the unit is a whole head.
+WHOLE_HEADS = {
+    "AllegroAttnProcessor2_0",
+    "AuraFlowAttnProcessor2_0",
+    "BriaAttnProcessor",
+    "CogVideoXAttnProcessor2_0",
+    "CogView4AttnProcessor",
+    "CosmosAttnProcessor2_0",
+    "CosmosAttnProcessor2_5",
+    "DreamLiteAttnProcessor2_0",
+    "EasyAnimateAttnProcessor2_0",
+    "GlmImageAttnProcessor",
+    "HiDreamAttnProcessor",
+    "HunyuanAttnProcessor2_0",
+    "HunyuanImageAttnProcessor",
+    "HunyuanVideo15AttnProcessor2_0",
+    "HunyuanVideoAttnProcessor2_0",
+    "Lumina2AttnProcessor2_0",
+    "NucleusMoEAttnProcessor2_0",
+    "OmniGenAttnProcessor2_0",
+    "QwenDoubleStreamAttnProcessor2_0",
+    "SanaLinearAttnProcessor2_0",
+    "SanaLinearAttnProcessor3_0",
+    "StableAudioAttnProcessor2_0",
+    "ZSingleStreamAttnProcessor",
+}
 # Norms that have a width even where they have no weights.
 _NORMS = (nn.LayerNorm, nn.RMSNorm, RMSNorm)
 
@@ -133,9 +159,10 @@ def text_head_or_value_groups(name: str, attn: nn.Module, stage: str) -> list[Ch
 
 
 def check_processor(attn: nn.Module) -> None:
-    """Raises UnsupportedBlockError unless the processor was made for this class and has no weights of its own."""
+    """Raises UnsupportedBlockError unless the processor is made for such an attention and has no weights of its own."""
     processor = type(attn.processor)
-    if processor.__module__ != type(attn).__module__ or issubclass(processor, nn.Module):
+    known = processor.__module__ == type(attn).__module__ or processor.__name__ in WHOLE_HEADS
+    if not known or issubclass(processor, nn.Module):
         raise UnsupportedBlockError(f"its processor {processor.__name__} is none of {type(attn).__name__}'s own")
 
 

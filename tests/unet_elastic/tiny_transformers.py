@@ -299,7 +299,7 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "text_embedding_mask": ones(6),
             "encoder_hidden_states_t5": (4, 8),
             "text_embedding_mask_t5": ones(4),
-            "image_rotary_emb": fixed((torch.randn(16, 8), torch.randn(16, 8))),
+            "image_rotary_emb": lambda n: (torch.randn(16, 8), torch.randn(16, 8)),
         },
     ),
     "HunyuanImageTransformer2DModel": (
@@ -361,18 +361,6 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         VIDEO_INPUTS,
     ),
-    "Kandinsky3UNet": (
-        {
-            "time_embedding_dim": 16,
-            "groups": 8,
-            "attention_head_dim": 8,
-            "layers_per_block": 1,
-            "block_out_channels": (32, 64),
-            "cross_attention_dim": 16,
-            "encoder_hid_dim": 16,
-        },
-        {"sample": IMAGE, "timestep": whole_steps, "encoder_hidden_states": TEXT, "encoder_attention_mask": ones(6)},
-    ),
     "Kandinsky5Transformer3DModel": (
         {
             "in_text_dim": 16,
@@ -413,7 +401,7 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "hidden_states": (16, 4),
             "encoder_hidden_states": (6, 2, 16),
             "timestep": unit_steps,
-            "position_ids": fixed(torch.randint(0, 4, (22, 3))),
+            "position_ids": lambda n: torch.randint(0, 4, (22, 3)),
         },
     ),
     "LTXVideoTransformer3DModel": (
@@ -644,7 +632,7 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "timestep": unit_steps,
             "encoder_hidden_states": TEXT,
             "global_hidden_states": (1, 8),
-            "rotary_embedding": fixed((torch.randn(9, 4), torch.randn(9, 4))),
+            "rotary_embedding": lambda n: (torch.randn(9, 4), torch.randn(9, 4)),
         },
     ),
     "StableCascadeUNet": (
@@ -661,18 +649,6 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "clip_seq": 2,
         },
         {"sample": IMAGE, "timestep_ratio": unit_steps, "clip_text_pooled": (1, 16)},
-    ),
-    "UNet3DConditionModel": (
-        {
-            "block_out_channels": (32, 64),
-            "layers_per_block": 1,
-            "norm_num_groups": 8,
-            "cross_attention_dim": 16,
-            "attention_head_dim": 8,
-            "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
-            "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
-        },
-        {"sample": VIDEO, "timestep": whole_steps, "encoder_hidden_states": TEXT},
     ),
     "UVit2DModel": (
         {
