@@ -159,7 +159,12 @@ def text_head_or_value_groups(name: str, attn: nn.Module, stage: str) -> list[Ch
 
 
 def check_processor(attn: nn.Module) -> None:
-    """Raises UnsupportedBlockError unless the processor is made for such an attention and has no weights of its own."""
+    """Raises UnsupportedBlockError unless the processor is made for such an attention and has no weights of its own.
+
+    Projections that are fused are refused too: the processor then reads others than those that would be cut.
+    """
+    if vars(attn).get("fused_projections"):
+        raise UnsupportedBlockError("its projections are fused; call unfuse_qkv_projections() first")
     processor = type(attn.processor)
     known = processor.__module__ == type(attn).__module__ or processor.__name__ in WHOLE_HEADS
     if not known or issubclass(processor, nn.Module):
