@@ -155,10 +155,12 @@ def save_size_adapter(adapter: SizeAdapter, directory: str | Path, size: float) 
 
 
 def save_size_adapters(adapters: Mapping[float, SizeAdapter], directory: str | Path) -> None:
-    """Makes a denoiser's folder hold these adapters and no others."""
-    shutil.rmtree(Path(directory) / ADAPTERS_NAME, ignore_errors=True)
+    """Makes a denoiser's folder hold these adapters and no others; a kill takes away none that stays."""
     for size, adapter in adapters.items():
         save_size_adapter(adapter, directory, size)
+    kept = {adapter_folder(directory, size) for size in adapters}
+    for old in set((Path(directory) / ADAPTERS_NAME).glob("*")) - kept:
+        shutil.rmtree(old)
 
 
 def load_size_adapter(directory: str | Path, size: float) -> SizeAdapter | None:

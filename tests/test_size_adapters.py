@@ -21,6 +21,7 @@ from ofadiff.size_adapter import (
     SizeAdapter,
     load_size_adapters,
     save_size_adapter,
+    save_size_adapters,
 )
 
 SIZES = (0.5, 0.75, 1.0)
@@ -150,6 +151,14 @@ def test_a_killed_save_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
         assert all(torch.equal(value, loaded[key]) for key, value in expected.state_dict().items())
         save_size_adapter(new, tmp_path, 0.5)
     assert [path.name for path in (tmp_path / ADAPTERS_NAME).iterdir()] == ["0.5"]
+
+    save_size_adapters({0.5: old, 0.75: old}, tmp_path)
+    with monkeypatch.context() as killed, pytest.raises(TypeError):
+        killed.setattr("ofadiff.size_adapter.json.dumps", None)
+        save_size_adapters({0.5: new}, tmp_path)
+    assert load_size_adapters(tmp_path, SIZES).keys() == {0.5, 0.75}
+    save_size_adapters({0.5: new}, tmp_path)
+    assert load_size_adapters(tmp_path, SIZES).keys() == {0.5}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

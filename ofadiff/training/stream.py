@@ -146,7 +146,7 @@ class TextToImageStream(Dataset[dict[str, Any]]):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
         self.stream = Stream(dataset, seed, held_out, buffer_size)
         self.spares = self._readable(self.stream.first(SPARES))
-        self.first(1)  # what is wrong with the options is found out now
+        self._in_memory(self.spares[:1], **options)  # what is wrong with the options is found out now
 
     def first(self, count: int) -> TextToImageData:
         """The first samples, in memory; those that cannot be read are left out."""

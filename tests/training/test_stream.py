@@ -110,6 +110,13 @@ def test_what_cannot_be_read_is_named_and_replaced(open_stream, tmp_path, caplog
         open_stream(tmp_path / "all")
 
 
+@pytest.mark.parametrize("first", [0, 5, 8])  # of each shard: one of them is the stream's first
+def test_the_first_sample_may_be_the_broken_one(open_stream, tmp_path, first):
+    save_shards(tmp_path / "broken", broken=(first,))
+    captions = open_stream(tmp_path / "broken").first(COUNT).captions
+    assert len(captions) == COUNT - 1 and (f"noise {first}",) not in captions
+
+
 def test_columns_are_those_of_the_files(open_stream, shards):
     assert open_stream(caption="json.also").first(1).captions[0][0].startswith("noise")
     with pytest.raises(ValueError, match="no column 'jpg' of images; its columns: png, txt, json, __key__, __url__"):
