@@ -33,6 +33,7 @@ from ofadiff.allocation import BUDGETS
 from ofadiff.channels import ChannelGroup
 from ofadiff.importance import CRITERIA
 from ofadiff.reweight import STRATEGIES
+from ofadiff.size_adapter import ADAPTERS_NAME
 from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint, list_checkpoints
 from ofadiff.training.data import Samples, fixed_batches
@@ -106,6 +107,12 @@ def check_output_dir(args: argparse.Namespace) -> None:
         raise ValueError(f"--output_dir {folder} is the pretrained model's own folder")
     if args.overwrite_output_dir or not folder.exists():
         return
+    adapters = next(folder.glob(f"*/{ADAPTERS_NAME}/*"), None)
+    if adapters is not None:
+        raise ValueError(
+            f"--output_dir {folder} has adapters of sizes, {adapters.parent}, which this run would remove; move them "
+            "away, or choose another folder"
+        )
     if args.resume_from_checkpoint and list_checkpoints(folder):
         return
     # A run that was killed before its first checkpoint leaves these behind.

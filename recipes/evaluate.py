@@ -36,9 +36,10 @@ from ofadiff.evaluation.clip_score import DEFAULT_CLIP
 from ofadiff.evaluation.evaluator import missing_reference, read_statistics
 from ofadiff.evaluation.extractors import find_extractor
 from ofadiff.evaluation.metrics import choose_metrics
+from ofadiff.evaluation.saved_images import PROTOCOL_NAME
 from ofadiff.pipelines import ClassConditionalDDPMPipeline
 from ofadiff.pipelines.class_conditional import class_count
-from ofadiff.pipelines.ofa_pipeline import find_denoiser
+from ofadiff.pipelines.ofa_pipeline import find_denoiser, local_folder
 from ofadiff.sizes import SizeTable
 from ofadiff.supernet import CONFIG_NAME, read_ofa_config
 from ofadiff.training.data import Images, dataset_images, image_folder, load_dataset_split
@@ -121,22 +122,33 @@ def reference(args: argparse.Namespace) -> str | Images | None:
 
 
 def compared(args: argparse.Namespace) -> dict[str, str]:
-    """Folders of other pipelines by the name that they have in the report."""
+    """Folders of other pipelines, by the name that they have in the report."""
     folders = {}
     for given in args.compare:
         name, _, folder = given.partition("=")
         if not name or not folder or name in folders:
             raise ValueError(f"--compare {given} is not NAME=FOLDER, with a name of its own")
-        folders[name] = folder
+        folders[name] = pipeline_folder(folder)
     return folders
+
+
+def pipeline_folder(name: str) -> str:
+    """The folder of a pipeline; a hub name is downloaded. Raises ValueError if it is neither."""
+    try:
+        folder = local_folder(name, {})
+    except (OSError, ValueError):
+        folder = Path(name)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{name} holds no model_index.json, so it is no pipeline folder, and the hub gave none")
+    return str(folder)
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError, before any model is loaded, if something the user gave cannot work."""
     check_output_dir(args)
-    for folder in filter(None, (args.checkpoint, args.teacher, *compared(args).values())):
-        if not (Path(folder) / "model_index.json").is_file():
-            raise ValueError(f"{folder} holds no model_index.json, so it is no diffusers pipeline folder")
+    args.checkpoint = pipeline_folder(args.checkpoint)
+    args.teacher = None if args.teacher is None else pipeline_folder(args.teacher)
+    compared(args)
     if args.sizes is not None:
         subnets = SizeTable.from_dict(read_ofa_config(Path(args.checkpoint) / find_denoiser(args.checkpoint)))
         for size in args.sizes:
@@ -165,7 +177,8 @@ def check_output_dir(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file")
-    known = args.overwrite_output_dir or not folder.exists() or (folder / SAMPLES).is_dir()
+    earlier = any((folder / SAMPLES).rglob(PROTOCOL_NAME))
+    known = args.overwrite_output_dir or not folder.exists() or earlier
     if not known and any(folder.iterdir()):
         raise ValueError(
             f"--output_dir {folder} is not empty; choose another one, or replace the report in it with "
@@ -220,14 +233,14 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("what to measure").add_argument
-    add("--checkpoint", required=True, help="OFA checkpoint, or any other diffusers pipeline folder")
-    add("--teacher", help="pipeline folder of the original model: the first row, and what PSNR and SSIM compare with")
+    add("--checkpoint", required=True, help="OFA checkpoint, or any other pipeline: a folder or a hub name")
+    add("--teacher", help="pipeline of the original model: the first row, and what PSNR and SSIM compare with")
     add(
         "--compare",
         nargs="+",
         default=[],
         metavar="NAME=DIR",
-        help="more OFA checkpoints or pipeline folders, each a group of rows with this name",
+        help="more OFA checkpoints or pipelines, each a group of rows with this name",
     )
     add("--sizes", nargs="+", type=float, help="sizes of the checkpoint; all by default")
     add("--metrics", nargs="+", choices=METRICS, help="all that can be had from what is given, by default")

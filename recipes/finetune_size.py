@@ -43,6 +43,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ofadiff import find_channel_groups
 from ofadiff.basis import load_basis
 from ofadiff.channels import ChannelGroup
+from ofadiff.evaluation.image_protocol import digest_of_weights
 from ofadiff.extracted import extract
 from ofadiff.layers import is_adaptable
 from ofadiff.pipelines.ofa_pipeline import find_denoiser, local_folder
@@ -199,13 +200,14 @@ def make_single_size(
     widths = table[0].widths
     groups = [group for group in find_channel_groups(unet) if group.name in widths]
     model = extract(unet, groups, widths, load_basis(directory))
+    start = digest_of_weights(model)
     healed = None if args.lora_rank else load_size_adapter(directory, args.size)
     if healed is not None:
         healed.merge_into(model)
     if args.lora_rank:
         add_lora(args, model, groups)
     keys = ("size", "lora_rank", "lora_alpha", "lora_target_modules")
-    single = SingleSize(model, table, groups, {key: getattr(args, key) for key in keys})
+    single = SingleSize(model, table, groups, {"start": start, **{key: getattr(args, key) for key in keys}})
 
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:

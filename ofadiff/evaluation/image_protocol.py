@@ -33,8 +33,8 @@ def image_protocol(
     models = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
     for model in models.values():
         if model is not denoiser and model not in digests:
-            digests[model] = _digest_of_weights(model)
-    known = {**digests, denoiser: _digest_of_weights(denoiser)}
+            digests[model] = digest_of_weights(model)
+    known = {**digests, denoiser: digest_of_weights(denoiser)}
     scheduler = pipeline.components.get("scheduler")
     settings = {} if scheduler is None else {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
     protocol = {
@@ -71,7 +71,8 @@ def _digest_of_values(name: str, values: list[Any]) -> str:
 
 
 @torch.no_grad()
-def _digest_of_weights(model: nn.Module) -> str:
+def digest_of_weights(model: nn.Module) -> str:
+    """What tells a model's weights from any others."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

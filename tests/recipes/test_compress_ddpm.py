@@ -121,7 +121,11 @@ def test_a_run_resumes_and_never_overwrites_unasked(run, tmp_path):
         run(resume_from_checkpoint="latest", seed=1)
     with pytest.raises(ValueError, match=r"its --sizes is \[0.5, 1.0\], not \[0.6, 1.0\]"):
         run(resume_from_checkpoint="latest", sizes="0.6 1.0")
+    (out / "unet" / "ofa_adapters" / "0.5").mkdir(parents=True)  # finetune_size.py made it
+    with pytest.raises(ValueError, match=r"has adapters of sizes, .*which this run would remove"):
+        run(resume_from_checkpoint="latest")
     run(overwrite_output_dir=True, sizes="0.6 1.0", checkpointing_steps=3)
+    assert not list((out / "unet").glob("ofa_adapters/*"))
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
     assert (out / "notes.txt").read_text() == "mine"
 

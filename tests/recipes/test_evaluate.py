@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_supernet, plain_unet
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from evaluation.tiny_clip import save_clip
 from PIL import Image
 from tiny_stable_diffusion import save_stable_diffusion
@@ -253,6 +253,15 @@ def test_a_data_set_is_a_reference(flags, files, tmp_path):
     assert values(tmp_path / "other") == values(tmp_path / "out")
 
 
+def test_a_pipeline_may_have_a_hub_name(flags, files, tmp_path, monkeypatch):
+    folders = {"lab/ofa": str(files / "ofa"), "lab/original": str(files / "teacher")}
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **options: folders[name])
+    monkeypatch.setattr("ofadiff.pipelines.ofa_pipeline.snapshot_download", lambda name, **options: folders[name])
+    main(flags(checkpoint="lab/ofa", teacher="lab/original", compare="same=lab/original", metrics="psnr", sizes="0.5"))
+    report = Report.from_json(tmp_path / "out" / "report.json")
+    assert [row.series for row in report.rows] == ["teacher", "OFA", "same"]
+
+
 def test_paths_of_this_machine_stay_out_of_the_command():
     words = ["--checkpoint", "/home/me/ofa", "--compare", "old=/home/me/old", "--output_dir", "out dir"]
     expected = "python recipes/evaluate.py --checkpoint ofa --compare old=old --output_dir 'out dir'"
@@ -290,7 +299,7 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(flags, monkeypatch, 
 
 
 def test_a_report_is_replaced_only_when_asked(flags, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "samples").mkdir(parents=True)  # as training leaves it too
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit):
         main(flags(metrics="macs", sizes="0.5"))

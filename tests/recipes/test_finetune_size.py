@@ -146,6 +146,13 @@ def test_a_killed_run_resumes_to_the_same_result(run, checkpoint, tmp_path, monk
     if rank:
         with pytest.raises(ValueError, match="its lora_rank is 2, this run's is 4"):
             run(output_dir=tmp_path / "out", lora_rank=4, resume_from_checkpoint="latest")
+        supernet = Supernet.from_pretrained(checkpoint / "unet")
+        shutil.copytree(checkpoint, tmp_path / "retrained")
+        supernet.model.conv_in.bias.data += 1
+        supernet.save_pretrained(tmp_path / "retrained" / "unet")
+        with pytest.raises(ValueError, match=r"its start is SHA-256 .*, this run's is SHA-256"):
+            retrained = {"pretrained_model_name_or_path": tmp_path / "retrained"}
+            run(output_dir=tmp_path / "out", lora_rank=rank, resume_from_checkpoint="latest", **retrained)
     run(output_dir=tmp_path / "out", lora_rank=rank, resume_from_checkpoint="latest")
     expected = ending(tmp_path / "whole")
     assert all(torch.equal(value, expected[name]) for name, value in ending(tmp_path / "out").items())
