@@ -2,14 +2,17 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import plain_unet, random_inputs
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny, ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.resnet import ResnetBlockCondNorm2D
 from torch import nn
 
-from ofadiff import find_channel_groups
+from ofadiff import Supernet, allocate, find_channel_groups, score_channels
 from ofadiff.cost import count_parameters, unit_costs
-from ofadiff.unet_elastic import elastic_parameters, verify_groups
+from ofadiff.unet_elastic import FINDERS, elastic_parameters, verify_groups
+from ofadiff.unet_elastic.feed_forward import neurons
 from ofadiff.unet_elastic.resnet import condition_norm_resnet_groups
 
 
@@ -84,6 +87,40 @@ def test_rigid_blocks_are_named():
     with pytest.warns(UserWarning, match=r"of the parameters are elastic; .*AttnAddedKVProcessor2_0"):
         groups = find_channel_groups(model)
     assert {group.kind for group in groups} == {"convolution"}
+
+
+class SwiGLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 24), nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down(F.silu(self.gate(hidden_states)) * self.up(hidden_states))
+
+
+class OwnDenoiser(ModelMixin, ConfigMixin):
+    """A denoiser that diffusers does not ship, as a user of the library has one."""
+
+    @register_to_config
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(SwiGLU(), SwiGLU())
+
+    def forward(self, hidden_states: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
+        return (hidden_states + self.blocks(hidden_states),)
+
+
+def test_a_model_of_one_s_own_needs_one_line_per_kind_of_block(monkeypatch):
+    torch.manual_seed(0)
+    model, inputs = OwnDenoiser().eval(), {"hidden_states": torch.randn(2, 5, 8)}
+    finder = neurons("gate", "up", reader="down")
+    monkeypatch.setitem(FINDERS, f"{SwiGLU.__module__}.{SwiGLU.__qualname__}", finder)
+    groups = find_channel_groups(model)
+    verify_groups(model, groups, inputs)
+    scores = score_channels(model, groups, criterion="magnitude")
+    supernet = Supernet(model, groups, scores, allocate(model, groups, scores, sizes=(0.5, 1.0), inputs=inputs))
+    with supernet.at(0.5):
+        assert torch.allclose(supernet.extract(0.5)(**inputs)[0], model(**inputs)[0], atol=1e-6)
 
 
 STABLE_DIFFUSION = {"block_out_channels": (320, 640, 1280, 1280), "sample_size": 64}
