@@ -916,7 +916,7 @@ def tiny(name: str, **changes: Any) -> ModelMixin:
     torch.manual_seed(0)
     model = getattr(diffusers, name)(**{**TINY[name][0], **changes}).eval()
     for parameter in model.parameters():
-        if parameter.ndim < 2 or not parameter.any():
+        if parameter.numel() and (parameter.ndim < 2 or not parameter.any()):
             torch.nn.init.normal_(parameter, mean=float(parameter.any()), std=0.2)
     return model
 
