@@ -7,6 +7,10 @@ the adapter of the size that is set adds to the layer, if there is one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import GlobalResponseNorm, RMSNorm
@@ -195,9 +199,40 @@ def _convolution(layer: nn.Module, input: torch.Tensor) -> torch.Tensor:
     return output
 
 
+# Parameters of a layer, each cut to what the layer keeps, with `kept` as it was then.
+_Cuts = dict[nn.Module, tuple[Kept, tuple[torch.Tensor, torch.Tensor | None]]]
+_cuts: ContextVar[_Cuts | None] = ContextVar("_cuts", default=None)
+
+
+@contextmanager
+def cut_once() -> Iterator[None]:
+    """A block in which no weight changes: layers cut their weights once per size, not at every forward.
+
+    For forwards without gradients; compiled ones go on cutting. What was cut is held until the block ends, which takes
+    up to the memory of the extracted model's weights.
+    """
+    token = _cuts.set({})
+    try:
+        yield
+    finally:
+        _cuts.reset(token)
+
+
 def _active(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not layer.kept:
         return layer.weight, layer.bias
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or (cuts := _cuts.get()) is None:
+        return _cut(layer)
+    held = cuts.get(layer)
+    if held is None or held[0] is not layer.kept:
+        weight, bias = _cut(layer)
+        # Rows of the full weight need no copy; columns are strewn over it, which every product would pay for.
+        held = layer.kept, (weight if weight is None or weight.is_contiguous() else weight.clone(), bias)
+        cuts[layer] = held
+    return held[1]
+
+
+def _cut(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight = None if layer.weight is None else active_part(layer.weight, "weight", layer.kept)
     bias = None if layer.bias is None else active_part(layer.bias, "bias", layer.kept)
     return weight, bias

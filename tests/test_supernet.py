@@ -23,6 +23,7 @@ from ofadiff.basis import change_module, change_of_basis
 from ofadiff.channels import slices_by_module
 from ofadiff.cost import count_macs, count_parameters
 from ofadiff.elastic import kept_by_module
+from ofadiff.layers import cut_once
 
 
 def train_a_little(supernet, steps=3):
@@ -198,6 +199,19 @@ def test_switching_leaves_no_trace(unet):
     with pytest.raises(RuntimeError, match="stop"), supernet.at(SIZES[1]):
         raise RuntimeError("stop")
     assert supernet.size == 1.0
+
+
+def test_parts_that_were_cut_once_are_those_of_the_size_and_take_no_part_in_training(unet):
+    supernet = make_supernet(unet)
+    inputs = random_inputs(unet)
+    expected = {size: output(supernet.extract(size), inputs) for size in SIZES}
+    with cut_once():
+        for size in (*SIZES, *reversed(SIZES), SIZES[0]):
+            supernet.set_size(size)
+            assert relative_error(output(unet, inputs), expected[size]) < 1e-5
+        squared_output_loss(unet, inputs).mean().backward()
+    conv = unet.mid_block.resnets[0].conv1
+    assert conv.kept and conv.weight.grad.abs().sum() > 0
 
 
 def test_a_copy_has_its_own_size(unet):

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from huggingface_hub import snapshot_download
 
 from ofadiff.basis import BASIS_NAME
 from ofadiff.extracted import load_extracted
+from ofadiff.layers import cut_once
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline, class_count
 from ofadiff.pipelines.lora import AdapterOfOriginal
 from ofadiff.size_adapter import ADAPTERS_NAME
@@ -158,12 +160,13 @@ class OFAPipeline:
         Raises:
             ValueError: If there is no such size.
         """
-        if size is None:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if self.supernet is None:
+        if size is not None and self.supernet is None:
             self.set_size(size)
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with self.supernet.at(size):
+        at_size = nullcontext() if size is None or self.supernet is None else self.supernet.at(size)
+        # An offloaded denoiser is to leave the device between its calls, and its parts with it.
+        device = self.components[self._denoiser_name].device  # type: ignore[attr-defined]
+        offloaded = device != self._execution_device  # type: ignore[attr-defined]
+        with at_size, nullcontext() if offloaded else cut_once():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     @property

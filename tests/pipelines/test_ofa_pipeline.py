@@ -17,7 +17,8 @@ from diffusers import (
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_stable_diffusion import save_stable_diffusion
 
-from ofadiff import OFAPipeline, Supernet
+from ofadiff import OFAPipeline, Supernet, layers
+from ofadiff.channels import active_part
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, ofa_pipeline
 from ofadiff.size_adapter import SizeAdapter, save_size_adapter
 
@@ -65,6 +66,24 @@ def test_size_holds_for_one_call(folder):
     assert pipeline.size == 1.0
     pipeline.set_size(0.5)
     assert torch.equal(sample(pipeline), small)
+
+
+def test_a_call_cuts_the_weights_once_and_the_next_call_sees_what_became_of_them(folder, monkeypatch):
+    cut = []
+
+    def count(weight, *args):
+        cut.append(weight)
+        return active_part(weight, *args)
+
+    monkeypatch.setattr(layers, "active_part", count)
+    pipeline = OFAPipeline.from_pretrained(folder)
+    before = sample(pipeline, size=0.5)
+    assert len(cut) == len({id(weight) for weight in cut}) > 0
+    for parameter in pipeline.unet.parameters():
+        parameter.data.mul_(0.9)  # which autograd does not notice: so do weight averages and fused adapters
+    after = sample(pipeline, size=0.5)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, sample(pipeline.extract(0.5)))
 
 
 def test_extracting_and_loading_one_size_give_the_same_images(folder, tmp_path):
