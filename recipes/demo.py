@@ -46,7 +46,6 @@ from ofadiff.training.train import TrainingResult
 
 RESOLUTION = 16
 CLASSES = 10
-SIZES = (0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 VALIDATION_FRACTION = 0.25
 BATCH_SIZE = 32
 INFERENCE_STEPS = 15
@@ -64,12 +63,15 @@ class Kind:
         prepare: Its inputs, with a scheduler to be bound.
         recipe: What compresses it.
         learning_rate: Of its training from scratch, at its peak.
+        sizes: What it is compressed to. A third of a DiT's weights turns time and class into shifts and scales of the
+            whole residual stream, and stays.
     """
 
     make: Callable[[], ModelMixin]
     prepare: Callable[..., Prepare]
     recipe: ModuleType
     learning_rate: float
+    sizes: tuple[float, ...]
 
 
 def make_unet() -> UNet2DModel:
@@ -104,8 +106,14 @@ def make_dit() -> DiTTransformer2DModel:
 
 
 KINDS = {
-    "unet": Kind(make_unet, prepare_pixels, compress_ddpm, 2e-3),
-    "dit": Kind(make_dit, functools.partial(prepare_class_labels, null_class=CLASSES), compress_dit, 1e-3),
+    "unet": Kind(make_unet, prepare_pixels, compress_ddpm, 2e-3, (0.4, 0.5, 0.6, 0.7, 0.85, 1.0)),
+    "dit": Kind(
+        make_dit,
+        functools.partial(prepare_class_labels, null_class=CLASSES),
+        compress_dit,
+        1e-3,
+        (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    ),
 }
 
 
@@ -141,7 +149,7 @@ def demo(args: argparse.Namespace) -> Report:
             *("--pretrained_model_name_or_path", str(folder / "teacher")),
             *("--train_data_dir", str(folder / "digits")),
             *("--output_dir", str(folder / "ofa")),
-            *("--sizes", *map(str, SIZES)),
+            *("--sizes", *map(str, kind.sizes)),
             *("--validation_fraction", str(VALIDATION_FRACTION)),
             *("--validation_samples", str(args.validation_samples)),
             *("--max_train_steps", str(args.joint_steps)),
