@@ -81,7 +81,7 @@ class ChannelGroup:
     Attributes:
         name: Dotted name of the block whose width this is; unique in the denoiser. Where one block has two widths, the
             second is named behind a colon.
-        kind: `"convolution"`, `"self_attention"`, `"cross_attention"` or `"feed_forward"`.
+        kind: `"convolution"`, `"self_attention"`, `"cross_attention"`, `"feed_forward"` or `"time_embedding"`.
         stage: The resolution block B of equation 5, such as `"down_blocks.0"`.
         slices: Writers (`"out"`), what is carried along (`"out"`) and readers (`"in"`).
         resize: Sets what the block hard-codes, or None where it hard-codes nothing.

@@ -40,19 +40,20 @@ def feed_forward_groups(name: str, block: FeedForward, stage: str) -> list[Chann
     return [ChannelGroup(name, "feed_forward", stage, slices)]
 
 
-def neurons(*writers: str, reader: str) -> Callable[..., list[ChannelGroup]]:
+def neurons(*writers: str, reader: str, kind: str = "feed_forward") -> Callable[..., list[ChannelGroup]]:
     """A finder for feed-forwards that call their layers so.
 
     Args:
         *writers: Layers that make the neurons, what gates them and what follows them (depthwise convolutions, norms). A
             fused projection makes both halves.
         reader: The layer that reads them.
+        kind: Of the group; its scores are compared with those of the same kind.
     """
-    return partial(_neuron_groups, writers=writers, reader=reader)
+    return partial(_neuron_groups, writers=writers, reader=reader, kind=kind)
 
 
 def _neuron_groups(
-    name: str, block: nn.Module, stage: str, writers: tuple[str, ...], reader: str
+    name: str, block: nn.Module, stage: str, writers: tuple[str, ...], reader: str, kind: str
 ) -> list[ChannelGroup]:
     if ".experts." in name:
         raise UnsupportedBlockError("a routed expert sees tokens of mixed samples, whose scores cannot be told apart")
@@ -67,7 +68,7 @@ def _neuron_groups(
             depthwise[writer] = values
     slices.append(Slice(f"{name}.{reader}", "in", width))
     resize = partial(_resize_depthwise, values=depthwise) if depthwise else None
-    return [ChannelGroup(name, "feed_forward", stage, tuple(slices), resize)]
+    return [ChannelGroup(name, kind, stage, tuple(slices), resize)]
 
 
 def _resize_depthwise(block: nn.Module, group: ChannelGroup, units: int, values: Mapping[str, int]) -> None:

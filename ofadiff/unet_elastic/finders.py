@@ -81,7 +81,7 @@ FINDERS: dict[str, Callable[..., list[ChannelGroup]]] = {
     "diffusers.models.attention.FeedForward": feed_forward_groups,
     "diffusers.models.attention.LuminaFeedForward": neurons("linear_1", "linear_3", reader="linear_2"),
     "diffusers.models.embeddings.CombinedTimestepLabelEmbeddings": neurons(
-        "timestep_embedder.linear_1", reader="timestep_embedder.linear_2"
+        "timestep_embedder.linear_1", reader="timestep_embedder.linear_2", kind="time_embedding"
     ),
     "diffusers.models.transformers.ace_step_transformer.AceStepMLP": neurons(
         "gate_proj", "up_proj", reader="down_proj"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,18 +56,19 @@ def verify_groups(
     full = {group.name: group.width for group in groups}
     errors: dict[str, float] = {}
     for group in groups:
-        permuted = copy.deepcopy(model)
-        permute_units(permuted, group, torch.arange(group.width - 1, -1, -1))
-        reordering = error_of(permuted, reference)
+        backwards = torch.arange(group.width - 1, -1, -1)
+        permute_units(model, group, backwards)
+        reordering = error_of(model, reference)
+        permute_units(model, group, backwards)
         _check(group, "reordering its units", reordering, tolerance)
 
         kept = max(1, group.width // 2)
-        masked = copy.deepcopy(model)
-        _mask_units(masked, group, kept)
+        with _masked(model, group, kept):
+            expected = _output(model, converted)
         set_widths(elastic, groups, {**full, group.name: kept})
         what = f"keeping {kept} of {group.width} units"
         try:
-            cutting = error_of(elastic, _output(masked, converted))
+            cutting = error_of(elastic, expected)
         except RuntimeError as error:
             raise ValueError(f"{group.name} is no channel group: {what} failed: {error}") from error
         _check(group, what, cutting, tolerance)
@@ -79,22 +81,33 @@ def _check(group: ChannelGroup, what: str, error: float, tolerance: float) -> No
         raise ValueError(f"{group.name} is no channel group: {what} gave a relative error of {error:.1e}")
 
 
-def _mask_units(model: nn.Module, group: ChannelGroup, kept: int) -> None:
+@contextmanager
+def _masked(model: nn.Module, group: ChannelGroup, kept: int) -> Iterator[None]:
     """Zeroes, at full size, everything that the units from `kept` on own; norms over channels see the others only."""
+    modules = {part.module: model.get_submodule(part.module) for part in group.slices}
+    before = {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
+    hooks = []
     for part in group.slices:
+        module = modules[part.module]
         entries = part.start + part.indices(torch.arange(part.units)).view(part.repeats, part.units, part.channels)
         dropped = entries[:, kept:].reshape(-1)
-        module = model.get_submodule(part.module)
         if part.axis == "out" and isinstance(module, NORMS_OVER_CHANNELS):
             small = copy.deepcopy(module)
             shrink(small, part.module, ((part, kept),))
-            module.register_forward_hook(_NormOverKept(small, entries[:, :kept].reshape(-1)))
+            hooks.append(module.register_forward_hook(_NormOverKept(small, entries[:, :kept].reshape(-1))))
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if part.axis == "out":
                 parameter.movedim(row_axis(parameter.shape), 0)[dropped] = 0
             elif name == "weight":
                 parameter[:, dropped] = 0
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, state in before.items():
+            modules[name].load_state_dict(state)
 
 
 class _NormOverKept:

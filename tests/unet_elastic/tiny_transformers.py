@@ -881,7 +881,7 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "AnyFlowFARTransformer3DModel": (
-        {**WAN, "chunk_partition": (1, 1), "full_chunk_limit": 2},
+        {**WAN, "num_layers": 1, "chunk_partition": (1, 1), "full_chunk_limit": 2},
         {
             "hidden_states": (2, 4, 8, 8),
             "encoder_hidden_states": TEXT,
