@@ -98,7 +98,8 @@ def head_group(
         more: Further attributes that grow with the heads, with their values at full width.
 
     Raises:
-        UnsupportedBlockError: If the attention has a layer that no rule covers, or shapes that do not fit its heads.
+        UnsupportedBlockError: If the attention has a layer or parameter that no rule covers, or shapes that do not fit
+            its heads.
     """
     state = vars(attn)
     heads = next(state[attribute] for attribute in HEADS if attribute in state)
@@ -106,6 +107,8 @@ def head_group(
     units = key_heads(attn, head_dim)
     if units == 1 or heads % units:
         raise UnsupportedBlockError(f"its {heads} query heads share {units} key heads")
+    for parameter, _ in attn.named_parameters(recurse=False):
+        raise UnsupportedBlockError(f"no rule covers its parameter {parameter}")
     queries, keys = heads // units * head_dim, head_dim
     slices = []
     for layer, module in layers_of(attn).items():

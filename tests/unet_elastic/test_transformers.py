@@ -221,6 +221,15 @@ def test_a_processor_with_weights_of_its_own_is_named():
     assert "transformer_blocks.0.attn" not in {group.name for group in groups}
 
 
+def test_what_no_rule_covers_is_named():
+    with pytest.warns(UserWarning, match=r"attn1 \(and 1 more\) stays rigid: no rule covers its parameter history_key"):
+        find_channel_groups(tiny("HeliosTransformer3DModel", is_amplify_history=True))
+    fused = tiny("FluxTransformer2DModel")
+    fused.fuse_qkv_projections()
+    with pytest.warns(UserWarning, match="its projections are fused; call unfuse_qkv_projections"):
+        find_channel_groups(fused)
+
+
 def test_rotary_embeddings_that_differ_by_head_leave_queries_and_keys_alone():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
