@@ -144,7 +144,8 @@ class Supernet:
         """
         subnet = self.subnets.find(size)
         for layer, kept, updates in self._layers[subnet.size]:
-            layer.kept, layer.updates = kept, updates
+            # Past nn.Module's own __setattr__, which looks for parameters and takes most of a switch's time.
+            vars(layer).update(kept=kept, updates=updates)
         for sides in self._adapters.values():
             for side, name, part in sides:
                 units = subnet.widths[name]
