@@ -11,12 +11,14 @@ from conftest import (
     make_supernet,
     make_unet,
     output,
+    plain_unet,
     random_inputs,
     relative_error,
     squared_output_loss,
 )
 from diffusers import UNet2DModel
 from peft import LoraConfig
+from torch._dynamo.testing import CompileCounter
 
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
 from ofadiff.basis import change_module, change_of_basis
@@ -212,6 +214,18 @@ def test_parts_that_were_cut_once_are_those_of_the_size_and_take_no_part_in_trai
         squared_output_loss(unet, inputs).mean().backward()
     conv = unet.mid_block.resnets[0].conv1
     assert conv.kept and conv.weight.grad.abs().sum() > 0
+
+
+def test_compiling_makes_one_graph_per_size_and_none_when_a_size_returns():
+    unet = plain_unet(block_out_channels=(32,), down_block_types=("AttnDownBlock2D",), up_block_types=("UpBlock2D",))
+    supernet = make_supernet(unet.eval())
+    inputs = random_inputs(unet)
+    graphs = CompileCounter()
+    compiled = torch.compile(unet, backend=graphs)
+    for size, expected in (("largest", 1), ("smallest", 2), ("largest", 2), ("smallest", 2)):
+        supernet.set_size(size)
+        assert relative_error(output(compiled, inputs), output(unet, inputs)) < 1e-5
+        assert graphs.frame_count == expected
 
 
 def test_a_copy_has_its_own_size(unet):
