@@ -134,8 +134,11 @@ def train_and_save(args: argparse.Namespace, setup: Setup) -> TrainingResult:
 
     # The original pipeline, with the supernet in place of its denoiser.
     if setup.accelerator.is_main_process:
+        denoiser = DENOISERS[type(setup.pipeline)]
+        # Where FSDP split it, training has left another one, which is whole.
+        setup.pipeline.register_modules(**{denoiser: setup.supernet.model})
         setup.pipeline.save_pretrained(args.output_dir)
-        setup.supernet.save_metadata(Path(args.output_dir) / DENOISERS[type(setup.pipeline)])
+        setup.supernet.save_metadata(Path(args.output_dir) / denoiser)
     return finish(args, setup, result)
 
 

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from tiny_stable_diffusion import make_vae
 
 from ofadiff import OFAPipeline, Supernet
 from ofadiff.training.class_labels import drop_labels, keep_labels
-from recipes.compress_dit import compress, make_parser
+from ofadiff.training.train import TrainingResult
+from recipes.compress_dit import compress, make_parser, set_up, train_and_save
 
 CLASSES = 3
 
@@ -42,8 +45,8 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def run(files, tmp_path, words):
-    def run(**options):
+def arguments(files, tmp_path, words):
+    def arguments(**options):
         settings = {
             "pretrained_model_name_or_path": files / "latents",
             "train_data_dir": files / "images",
@@ -58,9 +61,14 @@ def run(files, tmp_path, words):
             "checkpointing_steps": 2,
             "feature_distill_weight": 0.1,
         }
-        return compress(make_parser().parse_args(words(settings | options)))
+        return make_parser().parse_args(words(settings | options))
 
-    return run
+    return arguments
+
+
+@pytest.fixture
+def run(arguments):
+    return lambda **options: compress(arguments(**options))
 
 
 @pytest.mark.parametrize(("original", "denoiser"), [("latents", "transformer"), ("pixels", "unet")])
@@ -94,6 +102,22 @@ def test_a_run_resumes_exactly(run, tmp_path):
         Supernet.from_pretrained(tmp_path / name / "transformer").model.state_dict() for name in ("whole", "out")
     )
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+def test_the_model_that_training_leaves_is_saved(arguments, tmp_path, monkeypatch):
+    setup = set_up(arguments())
+
+    def train(args, setup, columns):
+        whole = copy.deepcopy(setup.supernet)
+        setup.supernet.model.to("meta")  # as one that FSDP has split: not to be saved
+        vars(setup.supernet).update(vars(whole))
+        return TrainingResult(0, 0.0, {}, None)
+
+    monkeypatch.setattr("recipes.compress_dit.joint_run", train)
+    train_and_save(arguments(), setup)
+    saved = Supernet.from_pretrained(tmp_path / "out" / "transformer").model.state_dict()
+    expected = setup.supernet.model.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in saved.items())
 
 
 def test_labels_are_left_out_for_the_whole_model_at_once():
