@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 
 from ofadiff import Supernet, allocate, find_channel_groups, rotate_attention, score_channels
+from ofadiff.basis import change_module, change_of_basis
+from ofadiff.channels import slices_by_module
 from ofadiff.inputs import example_inputs
 
 torch.set_num_threads(1)
@@ -127,6 +130,21 @@ def make_supernet(model: ModelMixin, sizes: tuple[float, ...] = SIZES, rotate: b
         rotate_attention(model, groups)
     scores = score_channels(model, groups, [random_inputs(model, seed=1)], squared_output_loss)
     return Supernet(model, groups, scores, allocate(model, groups, scores, sizes=sizes))
+
+
+def sliced(fused: ModelMixin, directory: Path) -> Supernet:
+    """A supernet made of another model in a checkpoint's own order and basis.
+
+    Made of the original with a LoRA fused into it, it is what the LoRA has to act as.
+    """
+    reference = Supernet.from_pretrained(directory)
+    with torch.no_grad():
+        for parameter, original in zip(reference.model.parameters(), fused.parameters(), strict=True):
+            parameter.copy_(original)
+    for module, cuts in slices_by_module(reference.groups).items():
+        for group, part in cuts:
+            change_module(reference.model.get_submodule(module), part, change_of_basis(group, part, reference.basis))
+    return reference
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from conftest import make_supernet, make_unet, output, random_inputs, relative_error
+from conftest import make_supernet, make_unet, output, random_inputs, relative_error, sliced
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tiny_stable_diffusion import save_stable_diffusion
 
-from ofadiff import OFAPipeline, Supernet
-from ofadiff.basis import change_module, change_of_basis
-from ofadiff.channels import slices_by_module
+from ofadiff import OFAPipeline
 
 SIZES = (0.5, 0.75, 1.0)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj"]
@@ -38,18 +36,6 @@ def parts(request, tmp_path):
     return tmp_path / "checkpoint", tmp_path / "lora", adapted.eval()
 
 
-def sliced(fused, checkpoint):
-    """A supernet made of the fused original in the checkpoint's own order and basis: what a LoRA has to act as."""
-    reference = Supernet.from_pretrained(checkpoint / "unet")
-    with torch.no_grad():
-        for parameter, original in zip(reference.model.parameters(), fused.parameters(), strict=True):
-            parameter.copy_(original)
-    for module, cuts in slices_by_module(reference.groups).items():
-        for group, part in cuts:
-            change_module(reference.model.get_submodule(module), part, change_of_basis(group, part, reference.basis))
-    return reference
-
-
 def test_it_acts_as_the_sliced_fused_original(parts):
     checkpoint, lora, fused = parts
     pipeline = OFAPipeline.from_pretrained(checkpoint)
@@ -58,7 +44,7 @@ def test_it_acts_as_the_sliced_fused_original(parts):
     pipeline.load_lora_weights(lora)
     assert relative_error(output(pipeline.unet, inputs), output(fused, inputs)) < 1e-4
     assert relative_error(without, output(fused, inputs)) > 1e-2
-    reference = sliced(fused, checkpoint)
+    reference = sliced(fused, checkpoint / "unet")
     for size in SIZES:
         pipeline.set_size(size)
         reference.set_size(size)
@@ -70,7 +56,7 @@ def test_it_acts_as_the_sliced_fused_original(parts):
 
 def test_an_extracted_pipeline_takes_it_too(parts, tmp_path):
     checkpoint, lora, fused = parts
-    reference = sliced(fused, checkpoint)
+    reference = sliced(fused, checkpoint / "unet")
     inputs = random_inputs(fused)
     supernet = OFAPipeline.from_pretrained(checkpoint)
     for size in SIZES:
@@ -92,7 +78,7 @@ def test_fusing_it_before_extracting_keeps_it(parts):
         pipeline.extract(0.5)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    reference = sliced(fused, checkpoint)
+    reference = sliced(fused, checkpoint / "unet")
     inputs = random_inputs(fused)
     with reference.at(0.5) as unet:
         assert relative_error(output(pipeline.extract(0.5).unet, inputs), output(unet, inputs)) < 1e-4

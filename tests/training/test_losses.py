@@ -6,11 +6,13 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from ofadiff.training.families.stable_diffusion import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from ofadiff.training.losses import (
+    DenoiserInputs,
     denoising_loss,
     diffuse,
     draw_noise,
     draw_normal,
     min_snr_weight,
+    predict,
     prepare_latents,
     prepare_pixels,
 )
@@ -69,6 +71,15 @@ def test_the_loss_of_a_sample_does_not_depend_on_the_others(teacher, noise_sched
     for n in range(4):
         alone = denoising_loss(teacher, {key: value[n : n + 1] for key, value in batch.items()}, prepare)
         torch.testing.assert_close(alone[0], losses[n])
+
+
+def test_a_denoiser_in_half_precision_is_told_the_exact_timesteps(teacher):
+    told = []
+    handle = teacher.bfloat16().register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs), with_kwargs=True)
+    arguments = {"sample": torch.zeros(1, 1, 8, 8), "timestep": torch.tensor([998.7])}
+    predict(teacher, DenoiserInputs({**arguments, "class_labels": torch.tensor([0])}, torch.zeros(1), torch.ones(1)))
+    handle.remove()
+    assert told[0]["sample"].dtype == torch.bfloat16 and told[0]["timestep"] == 998.7
 
 
 def test_another_prediction_type_is_refused():
