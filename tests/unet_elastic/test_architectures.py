@@ -2,6 +2,7 @@ import pytest
 
 from ofadiff import architectures
 from ofadiff.architectures import Architecture
+from recipes.architectures import page
 
 # diffusers warns of its own classes.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
@@ -45,3 +46,9 @@ def test_what_cannot_be_cut_says_why(rows):
     assert "has no block that can be cut" in rows["UNet1DModel"].skipped
     assert "NucleusMoELayer" in rows["NucleusMoEImageTransformer2DModel"].rigid
     assert "routed expert" in rows["HiDreamImageTransformer2DModel"].skipped
+
+
+def test_the_page_has_a_line_for_every_class(rows):
+    lines = [line for line in page(list(rows.values())).splitlines() if line.startswith("| ")]
+    assert len(lines) == len(rows) + 2
+    assert any(line.startswith("| SD3Transformer2DModel | 856.2 M | 66% |") for line in lines)
