@@ -1,8 +1,10 @@
 import json
 
+import pytest
 from diffusers import DiffusionPipeline
 
 import ofadiff
+from recipes.demo import demo, make_parser
 
 
 def test_the_demo_leaves_what_it_promises(launch, words, tmp_path):
@@ -26,5 +28,8 @@ def test_the_demo_leaves_what_it_promises(launch, words, tmp_path):
     assert len(ofadiff.OFAPipeline.from_pretrained(tmp_path / "demo" / "ofa").sizes) == 6
     assert DiffusionPipeline.from_pretrained(tmp_path / "demo" / "size-0.5").unet.config["ofa_widths"]
 
-    again = launch("demo.py", words(options))
-    assert again.returncode == 2 and "is not empty; choose another one or remove it" in again.stderr
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="is not empty; choose another one or remove it"):
+        demo(make_parser().parse_args(["--output_dir", str(tmp_path)]))

@@ -5,6 +5,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from ofadiff import OFAPipeline
 from ofadiff.size_adapter import SizeAdapter
+from recipes.extract import main
 
 
 @pytest.fixture
@@ -32,15 +33,17 @@ def test_every_size_becomes_a_pipeline_folder(launch, words, checkpoint, tmp_pat
             assert relative_error(output(small.unet, inputs), output(unet, inputs)) <= (1e-5 if size == 0.5 else 0)
     assert done.stdout.splitlines()[0].endswith("its adapter merged") and done.stdout.count("merged") == 1
 
-    again = launch("extract.py", words({"checkpoint": checkpoint, "sizes": "0.5", "output_dir": out}))
-    assert again.returncode == 2 and "size-0.5 exists already" in again.stderr
 
-
-def test_bad_input(launch, words, checkpoint, tmp_path):
+def test_bad_input(words, checkpoint, tmp_path, monkeypatch, capsys):
+    (tmp_path / "used" / "size-0.5").mkdir(parents=True)
     for options, message in (
         ({"checkpoint": checkpoint, "sizes": "0.3"}, "size is 0.3; it must be one of 0.5, 1"),
         ({"checkpoint": tmp_path / "nowhere", "sizes": "0.5"}, "is no diffusers pipeline folder"),
+        ({"checkpoint": checkpoint, "sizes": "0.5", "output_dir": tmp_path / "used"}, "size-0.5 exists already"),
     ):
-        done = launch("extract.py", words({**options, "output_dir": tmp_path / "out"}))
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        monkeypatch.setattr("sys.argv", ["extract.py", *words({"output_dir": tmp_path / "out", **options})])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("extract.py: error: ") and message in error
         assert not (tmp_path / "out").exists()
