@@ -177,13 +177,17 @@ def check_output_dir(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file")
-    earlier = any((folder / SAMPLES).rglob(PROTOCOL_NAME))
-    known = args.overwrite_output_dir or not folder.exists() or earlier
+    known = args.overwrite_output_dir or not folder.exists() or is_begun(folder)
     if not known and any(folder.iterdir()):
         raise ValueError(
             f"--output_dir {folder} is not empty; choose another one, or replace the report in it with "
             "--overwrite_output_dir"
         )
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether there are samples of an evaluation in the folder to go on from."""
+    return any((folder / SAMPLES).rglob(PROTOCOL_NAME))
 
 
 def check_reference(args: argparse.Namespace) -> dict[str, str]:
@@ -200,7 +204,8 @@ def check_reference(args: argparse.Namespace) -> dict[str, str]:
     if target is not None:
         if Path(target).suffix != ".safetensors":
             raise ValueError(f"--save_reference_statistics {target} does not end in .safetensors")
-        if Path(target).exists() and not args.overwrite_output_dir:
+        # They are written before images are sampled: a killed evaluation that goes on has left them.
+        if Path(target).exists() and not (args.overwrite_output_dir or is_begun(Path(args.output_dir))):
             raise ValueError(f"--save_reference_statistics {target} exists; replace it with --overwrite_output_dir")
     missing = missing_reference(any(given), read_statistics(args.reference_statistics))
     return {need: f"{reason}; give --reference_dir" for need, reason in missing.items()}

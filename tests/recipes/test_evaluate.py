@@ -227,6 +227,10 @@ def test_statistics_stand_in_for_images(flags, files, tmp_path, capsys, monkeypa
     options = {"teacher": None, "metrics": "fid", "sizes": "0.5"}
     saved = tmp_path / "real.safetensors"
     main(flags(save_reference_statistics=saved, **options))
+    main(flags(save_reference_statistics=saved, **options))  # goes on from where it was
+    with pytest.raises(SystemExit):
+        main(flags(save_reference_statistics=saved, output_dir=tmp_path / "other", **options))
+    assert "real.safetensors exists; replace it with" in capsys.readouterr().err
     options |= {"reference_dir": None, "reference_statistics": saved}
     main(flags(output_dir=tmp_path / "other", **options))
     assert values(tmp_path / "other") == values(tmp_path / "out")
