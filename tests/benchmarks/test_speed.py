@@ -8,8 +8,9 @@ import pytest
 import side_by_side
 import switch
 import torch
-import training_step
 from side_by_side import Comparison, Row, main
+
+from benchmarks import training
 
 # A part of every row that the benchmark has to have.
 ROWS = {
@@ -22,7 +23,7 @@ ROWS = {
     latency: ("size 0.4", "size 0.6", "size 0.8", "aligned, unaligned"),
     loading: ("weights that differ", "time: loaded alone", "peak memory: loaded alone"),
     switch: ("set_size of 20 groups", "first call", "growth over"),
-    training_step: (
+    training: (
         "time: joint step at 1",
         "memory: joint step at 0.4",
         "block outputs too",

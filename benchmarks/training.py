@@ -1,6 +1,6 @@
 """A step of joint training with a teacher, against a plain fine-tuning step.
 
-python benchmarks/training_step.py
+python benchmarks/training.py
 """
 
 from __future__ import annotations
