@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -139,9 +142,13 @@ def train_original(
     """Makes `folder/clip`, `folder/vae` and `folder/original`, the pipeline, one after the other."""
     if not (folder / "clip").exists():
         tokenizer = make_tokenizer(folder / "tokenizer", captions)
-        save_clip(train_clip(images, captions, tokenizer, setting.clip, device), tokenizer, folder / "clip")
+        clip = train_clip(images, captions, tokenizer, setting.clip, device)
+        with whole(folder / "clip") as unfinished:
+            save_clip(clip, tokenizer, unfinished)
     if not (folder / "vae").exists():
-        train_vae(images, setting.vae, device).save_pretrained(folder / "vae")
+        vae = train_vae(images, setting.vae, device)
+        with whole(folder / "vae") as unfinished:
+            vae.save_pretrained(unfinished)
     if not (folder / "original").exists():
         vae = AutoencoderKL.from_pretrained(folder / "vae")
         tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
@@ -149,7 +156,17 @@ def train_original(
         # What compress_sd.py holds out for validation, the original does not see either.
         seen, _ = hold_out(len(captions), VALIDATION_FRACTION, seed)
         train_unet(pipeline, images[seen], [captions[index] for index in seen], setting.unet, device)
-        pipeline.save_pretrained(folder / "original")
+        with whole(folder / "original") as unfinished:
+            pipeline.save_pretrained(unfinished)
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """Where to write a folder's files; it gets its name when all of them are there, so a kill leaves no half of it."""
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    unfinished.rename(folder)
 
 
 def compress(folder: Path, setting: Setting, seed: int, name: str, steps: int) -> None:

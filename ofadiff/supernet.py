@@ -349,7 +349,7 @@ def read_ofa_config(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(
             f"{directory} holds no {CONFIG_NAME}, so it is no OFA checkpoint; "
-            "recipes/compress_ddpm.py or recipes/compress_sd.py makes one"
+            "recipes/compress_ddpm.py, compress_dit.py or compress_sd.py makes one"
         )
     values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("format_version") != FORMAT_VERSION:

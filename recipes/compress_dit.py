@@ -50,6 +50,7 @@ from PIL import Image
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
 from ofadiff.training.class_labels import keep_labels, prepare_class_labels
 from ofadiff.training.encoder import encode_images
+from ofadiff.training.sharding import is_sharded
 from ofadiff.training.train import TrainingResult
 
 # Where each pipeline class keeps its denoiser.
@@ -91,6 +92,11 @@ def set_up(args: argparse.Namespace) -> Setup:
     if not 0 <= args.class_dropout_prob <= 1:
         raise ValueError(f"--class_dropout_prob is {args.class_dropout_prob}; it must lie in [0, 1]")
     accelerator = begin(args)
+    if is_sharded(accelerator):
+        raise ValueError(
+            "FSDP does not work with diffusers' DiT, which uses a weight of its first block outside that block: choose "
+            "plain multi-GPU in `accelerate config`"
+        )
     check_not_compressed(args.pretrained_model_name_or_path)
     plan = load_pipeline(args)
     transformer, vae = plan.transformer, plan.vae

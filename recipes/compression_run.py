@@ -79,7 +79,7 @@ def run_recipe(
     args = parse_args(parser)
     try:
         setup = set_up(args)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one speaks
         parser.exit(2, f"{parser.prog}: error: {error}\n" if first else None)
     train_and_save(args, setup)

@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     try:
         report = evaluate_checkpoint(args, command_line(arguments))
-    except (ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if first else None)
     if first:
         print(f"\n{report.table()}\n\n{Path(args.output_dir) / 'report.html'} shows it all.")

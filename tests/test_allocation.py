@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 from conftest import make_unet
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 from ofadiff import allocate, find_channel_groups, score_channels
 from ofadiff.allocation import MIN_STEPS
@@ -115,3 +116,16 @@ def test_the_smallest_possible_size_that_an_error_names_is_possible():
         allocate(unet, groups, scores, sizes=(0.05,))
     named = float(str(error.value).split("ask for ")[1].split()[0])
     assert allocate(unet, groups, scores, sizes=(named,))[0].size == named
+
+
+@pytest.mark.parametrize(
+    "transformer", [DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel]
+)
+def test_sizes_are_met_on_the_real_shapes_of_transformers(transformer):
+    with torch.device("meta"):
+        model = transformer()
+    groups = find_channel_groups(model)
+    generator = torch.Generator().manual_seed(0)
+    scores = {group.name: torch.rand(group.width, generator=generator) for group in groups}
+    table = allocate(model, groups, scores, sizes=(0.6, 0.8))
+    assert [subnet.params / table.full_params for subnet in table] == pytest.approx([0.6, 0.8], abs=0.005)

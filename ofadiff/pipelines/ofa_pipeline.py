@@ -271,7 +271,7 @@ def find_denoiser(directory: str | Path) -> str:
             return component
     raise ValueError(
         f"{directory} holds no {CONFIG_NAME} in any component, so it is no OFA checkpoint; "
-        "recipes/compress_ddpm.py or recipes/compress_sd.py makes one"
+        "recipes/compress_ddpm.py, compress_dit.py or compress_sd.py makes one"
     )
 
 
