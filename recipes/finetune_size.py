@@ -90,7 +90,12 @@ def set_up(args: argparse.Namespace) -> Setup:
         )
 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if index["_class_name"] in FAMILIES:
+    text_to_image = index["_class_name"] in FAMILIES
+    if args.validation_fraction is None:
+        # What the recipe that made the checkpoint holds out by default: other images were trained on.
+        recipe = compress_sd if text_to_image else compress_ddpm
+        args.validation_fraction = recipe.make_parser().get_default("validation_fraction")
+    if text_to_image:
         check_flags_of(PIXELS, args, folder)
         args.resolution = args.resolution or own_resolution(folder)
         plan = compress_sd.read_pipeline(args)
@@ -149,7 +154,8 @@ def check_output(args: argparse.Namespace) -> None:
     resumed = find_checkpoint(run, args.resume_from_checkpoint) is not None
     if out.is_dir() and out.resolve() != folder.resolve() and not resumed and set(out.iterdir()) - {run}:
         raise ValueError(
-            f"--output_dir {out} is not empty; give {folder} itself for the adapter, or a new folder for a copy with it"
+            f"--output_dir {out} is not empty; give {folder} itself for the adapter, or a new folder for a copy "
+            "with it; to add an adapter to a copy that has some, give the copy as --pretrained_model_name_or_path too"
         )
     existing = adapter_folder(folder / "unet", args.size)
     if existing.exists() and not (resumed or args.overwrite_output_dir):
@@ -303,6 +309,7 @@ def make_parser() -> argparse.ArgumentParser:
         tracker_project_name="ofadiff-finetune",
         max_train_steps=20_000,
         reweight="uniform",  # of one size
+        validation_fraction=None,
     )
     return parser
 
