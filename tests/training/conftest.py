@@ -4,6 +4,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
+
 from training.tiny_run import make_data, make_supernet, make_teacher
 
 

@@ -10,12 +10,12 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
-from training.fsdp_on_cpu import make_sharded_accelerator
-from training.tiny_run import make_data, make_supernet, make_teacher
 
 from ofadiff.training.losses import prepare_pixels
 from ofadiff.training.sharding import is_sharded, shard
 from ofadiff.training.train import averaged_weights, train
+from training.fsdp_on_cpu import make_sharded_accelerator
+from training.tiny_run import make_data, make_supernet, make_teacher
 
 OPTIONS = {"max_train_steps": 3, "checkpointing_steps": 2, "validation_steps": 1, "validation_samples": 8}
 

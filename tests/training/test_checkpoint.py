@@ -4,7 +4,6 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from training.tiny_run import make_supernet
 
 from ofadiff import Supernet
 from ofadiff.training.checkpoint import (
@@ -15,6 +14,7 @@ from ofadiff.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from training.tiny_run import make_supernet
 
 
 def adamw(parameters):

@@ -3,12 +3,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from recipes.tiny_stable_diffusion import save_stable_diffusion, save_stable_diffusion_xl
-from training.tiny_run import noise_image
 
 from ofadiff.training.data import Images, draw_keys, load_batches
 from ofadiff.training.encoder import TextToImageEncoder
 from ofadiff.training.latent_cache import LatentCache, LatentData
 from ofadiff.training.text_to_image import TextToImageData
+from training.tiny_run import noise_image
 
 SAVE = {"sd": save_stable_diffusion, "sdxl": save_stable_diffusion_xl}
 

@@ -9,11 +9,11 @@ import torch
 from accelerate import DistributedType
 from diffusers import UNet2DModel
 from torch.distributed.fsdp import CPUOffloadPolicy
-from training.fsdp_on_cpu import make_sharded_accelerator
-from training.sharded_run import run
 
 from ofadiff import Supernet
 from ofadiff.training.sharding import check_sharding
+from training.fsdp_on_cpu import make_sharded_accelerator
+from training.sharded_run import run
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig, inject_adapter_in_model
-from training.tiny_run import make_supernet, make_teacher
 
 from ofadiff.training.losses import prepare_pixels
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.train import train
+from training.tiny_run import make_supernet, make_teacher
 
 
 def make_single_size(rank=2, **description):

@@ -3,10 +3,10 @@ import logging
 
 import pytest
 import torch
-from training.tiny_shards import save_shards
 
 from ofadiff.training.data import load_dataset_split, numbered_files
 from ofadiff.training.stream import START, TextToImageStream, load_stream
+from training.tiny_shards import save_shards
 
 COUNT = 12
 

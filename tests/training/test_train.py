@@ -3,11 +3,11 @@ import functools
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
-from training.tiny_run import make_supernet, make_teacher
 
 from ofadiff.reweight import STRATEGIES
 from ofadiff.training.losses import prepare_pixels
 from ofadiff.training.train import train
+from training.tiny_run import make_supernet, make_teacher
 
 
 @pytest.fixture
