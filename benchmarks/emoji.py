@@ -1,6 +1,6 @@
 """Text-to-image compression on real pictures, offline: colour emoji and their Unicode names.
 
-    python benchmarks/emoji.py --output_dir emoji            # about half an hour on two CPU cores
+    python benchmarks/emoji.py --output_dir emoji            # an hour on one CPU core
     python benchmarks/emoji.py --output_dir emoji --setting gpu
 
 trains a small Stable Diffusion from scratch (byte-pair tokenizer, CLIP, VAE, UNet), compresses its UNet with

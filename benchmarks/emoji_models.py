@@ -114,7 +114,7 @@ def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 class ImageTower(nn.Module):
-    """CLIP's image embeddings as features of FID and KID, `(N, 64)`, of norm 1."""
+    """CLIP's image embeddings as features of FID and KID, `(N, 64)`, before they are normalised."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class ImageTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images `(N, 3, H, W)` to features."""
         pixels = self.clip.vision_model(pixel_values=images.float() / 127.5 - 1).pooler_output
-        return F.normalize(self.clip.visual_projection(pixels), dim=-1)
+        return self.clip.visual_projection(pixels)
 
 
 def train_vae(images: Tensor, recipe: Recipe, device: str) -> AutoencoderKL:
