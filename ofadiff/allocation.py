@@ -27,6 +27,9 @@ BUDGETS = ("params", "macs", "channels")
 # A size is met when the subnet's cost is within this fraction of the full model's.
 TOLERANCE = 0.005
 
+# With min_keep=0 a group keeps nothing or at least this: what equation 5 puts below its own floor is dropped.
+DROP_BELOW = 0.25
+
 # A group whose aligned widths would be fewer than this takes finer steps: alignment must not make it rigid.
 MIN_STEPS = 4
 
@@ -53,7 +56,9 @@ def allocate(
         scores: For every group its scores, `(width,)`, not negative.
         sizes: Fractions of the full model's budget, each in (0, 1]; at least one.
         budget: What a size is a fraction of: `"params"`, `"macs"`, or `"channels"`.
-        min_keep: Smallest share of its units that a group keeps, in (0, 1].
+        min_keep: Smallest share of its units that a group keeps, in [0, 1]. With 0, a group whose share would be less
+            than a quarter is dropped: its branch then adds nothing but a constant bias. A group that cannot be dropped
+            (`ChannelGroup.droppable`) keeps a quarter.
         alignment: Keep multiples of this many channels (of the head dimension in attention), 1 for any number. A group
             that would have fewer than four such widths takes finer steps. Full width always counts as aligned.
         inputs: Keyword arguments of the forward that MACs are counted on; by default `example_inputs(model)`.
@@ -73,8 +78,8 @@ def allocate(
     sizes = _checked_sizes(sizes)
     if budget not in BUDGETS:
         raise ValueError(f"budget is {budget!r}; it must be one of {', '.join(BUDGETS)}")
-    if not 0 < min_keep <= 1:
-        raise ValueError(f"min_keep is {min_keep}; it must lie in (0, 1]")
+    if not 0 <= min_keep <= 1:
+        raise ValueError(f"min_keep is {min_keep}; it must lie in [0, 1], where 0 lets whole branches be dropped")
     if alignment < 1:
         raise ValueError(f"alignment is {alignment}; it must be at least 1")
     check_scores(groups, scores)
@@ -147,7 +152,7 @@ def _paper_widths(
     widths = {}
     for group in groups:
         kept = max(min(shares[group.name] * P * group.width, group.width), P_0 * group.width)
-        widths[group.name] = group.width if P == 1 else max(1, round(kept))
+        widths[group.name] = group.width if P == 1 else max(0 if group.droppable else 1, round(kept))
     return widths
 
 
@@ -190,13 +195,13 @@ def _budget_widths(
 
 
 def ladder(group: ChannelGroup, min_keep: float, alignment: int) -> list[int]:
-    """The widths that a group may have, ascending: multiples of its step from the floor on, and full width."""
+    """The widths that a group may have, ascending: 0 if it may be dropped, multiples of its step, and full width."""
     step = group.step(alignment)
     while step > 1 and group.width < MIN_STEPS * step:
         step = max(1, step // 2)
-    floor = max(1, math.ceil(min_keep * group.width - 1e-9))
+    floor = max(1, math.ceil((min_keep or DROP_BELOW) * group.width - 1e-9))
     ladder = list(range(math.ceil(floor / step) * step, group.width, step))
-    return [*ladder, group.width]
+    return [*([0] if min_keep == 0 and group.droppable else []), *ladder, group.width]
 
 
 def _steps(

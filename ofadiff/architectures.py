@@ -89,7 +89,7 @@ def architectures(min_keep: float = 0.25) -> list[Architecture]:
     A class without a complete default configuration gets what its published checkpoint says.
 
     Args:
-        min_keep: Smallest share of its units that a group keeps, in (0, 1].
+        min_keep: Smallest share of its units that a group keeps, in [0, 1]; see `allocate`.
 
     Returns:
         One row per class, by name.

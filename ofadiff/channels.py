@@ -85,6 +85,7 @@ class ChannelGroup:
         stage: The resolution block B of equation 5, such as `"down_blocks.0"`.
         slices: Writers (`"out"`), what is carried along (`"out"`) and readers (`"in"`).
         resize: Sets what the block hard-codes, or None where it hard-codes nothing.
+        droppable: A subnet may keep none of the units; of the branch is then left what its readers' biases add.
         basis: Set by `rotate_attention`: the matrices `(heads, head_dim, head_dim)` that took the weights into the
             basis of their singular vectors, by name. The units of a rotated group stand in their final order.
     """
@@ -94,6 +95,7 @@ class ChannelGroup:
     stage: str
     slices: tuple[Slice, ...]
     resize: Resize | None = None
+    droppable: bool = False
     basis: dict[str, torch.Tensor] | None = None
 
     @property
@@ -226,13 +228,14 @@ def slices_by_module(groups: Sequence[ChannelGroup]) -> dict[str, list[tuple[str
 
 
 def check_widths(groups: Sequence[ChannelGroup], widths: dict[str, int]) -> None:
-    """Raises ValueError unless `widths` gives every group, and nothing else, between 1 and all of its units."""
+    """Raises ValueError unless `widths` gives every group, and nothing else, between 1 (0: dropped) and all units."""
     names = {group.name for group in groups}
     if names != set(widths):
         missing, unknown = sorted(names - set(widths)), sorted(set(widths) - names)
         raise ValueError(f"widths must name every channel group once: missing {missing}, unknown {unknown}")
     for group in groups:
-        if not 1 <= widths[group.name] <= group.width:
+        least = 0 if group.droppable else 1
+        if not least <= widths[group.name] <= group.width:
             raise ValueError(
-                f"width of {group.name} is {widths[group.name]} units; it must lie between 1 and {group.width}"
+                f"width of {group.name} is {widths[group.name]} units; it must lie between {least} and {group.width}"
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,10 @@ class ExtractedModel:
         groups = _groups_of(stock, self.config, widths)  # type: ignore[attr-defined]
         adapter = convert_lora_state_dict(adapter, groups, widths, self.ofa_basis)
         adapter = {f"{dotted}{key}": tensor for key, tensor in adapter.items()}
-        return super().load_lora_adapter(adapter, prefix=prefix, **kwargs)  # type: ignore[misc]
+        with warnings.catch_warnings():
+            # peft gives a LoRA to layers of dropped branches too, which have nothing to initialise.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
+            return super().load_lora_adapter(adapter, prefix=prefix, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

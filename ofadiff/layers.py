@@ -101,6 +101,8 @@ class ElasticGroupNorm(nn.GroupNorm):
     kept: Kept = ()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.shape[1] == 0:
+            return input
         weight, bias = _active(self)
         return F.group_norm(input, active_norm_groups(self.num_groups, self.kept), weight, bias, self.eps)
 
@@ -160,6 +162,42 @@ class ElasticCascadeGlobalResponseNorm(unet_stable_cascade.GlobalResponseNorm):
         return _global_response_norm(self, x)
 
 
+class EmptyConv1d(nn.Conv1d):
+    """A one-dimensional convolution like `EmptyConv2d`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _convolved(self, input, self.weight, self.bias)
+
+
+class EmptyConv2d(nn.Conv2d):
+    """A convolution to no channels, or from none: PyTorch's own refuses them. From none, its bias is left."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _convolved(self, input, self.weight, self.bias)
+
+
+class EmptyConv3d(nn.Conv3d):
+    """A three-dimensional convolution like `EmptyConv2d`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _convolved(self, input, self.weight, self.bias)
+
+
+class EmptyGroupNorm(nn.GroupNorm):
+    """A group norm of no channels."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input
+
+
+# What becomes of layers that lose all channels on one side; linear maps may be empty as they are.
+EMPTY: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: EmptyConv1d,
+    nn.Conv2d: EmptyConv2d,
+    nn.Conv3d: EmptyConv3d,
+    nn.GroupNorm: EmptyGroupNorm,
+}
+
 # A new kind of layer is one class and one line here.
 ELASTIC: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: ElasticLinear,
@@ -192,11 +230,31 @@ def _global_response_norm(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _convolution(layer: nn.Module, input: torch.Tensor) -> torch.Tensor:
     weight, bias = _active(layer)
-    output = layer._conv_forward(input, weight, bias)
+    output = _convolved(layer, input, weight, bias)
+    if 0 in weight.shape[:2]:
+        return output
     for update in layer.updates:
         inner = layer._conv_forward(input, update.down, None)
         output = output + update.scaling * torch.einsum("or,nr...->no...", update.up.flatten(1), inner)
     return output
+
+
+def _convolved(layer: nn.Module, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The layer's convolution with this weight, which may have no channels on a side."""
+    if 0 not in weight.shape[:2]:
+        return layer._conv_forward(input, weight, bias)
+    padding = layer._reversed_padding_repeated_twice[::-1]
+    lengths = [
+        (length + padding[2 * axis] + padding[2 * axis + 1] - dilation * (kernel - 1) - 1) // stride + 1
+        for axis, (length, dilation, kernel, stride) in enumerate(
+            zip(input.shape[2:], layer.dilation, layer.kernel_size, layer.stride, strict=True)
+        )
+    ]
+    kind = input.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else input.dtype
+    everywhere = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    return everywhere.to(dtype).view(-1, *(1 for _ in lengths)).expand(len(input), -1, *lengths)
 
 
 # Parameters of a layer, each cut to what the layer keeps, with `kept` as it was then.
@@ -284,9 +342,13 @@ def shrink(layer: nn.Module, name: str, kept: Kept) -> None:
         layer.out_channels, layer.in_channels = layer.weight.shape[:2]
         if layer.groups > 1:
             layer.groups = layer.in_channels = layer.out_channels
+        elif 0 in layer.weight.shape[:2]:
+            layer.__class__ = EMPTY[type(layer)]
     elif isinstance(layer, nn.GroupNorm):
         layer.num_groups = active_norm_groups(layer.num_groups, kept)
         layer.num_channels -= _dropped(kept)
+        if layer.num_channels == 0:
+            layer.__class__ = EMPTY[nn.GroupNorm]
     elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
         layer.normalized_shape = (layer.normalized_shape[-1] - _dropped(kept),)
     elif isinstance(layer, RMSNorm):

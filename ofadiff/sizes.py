@@ -32,7 +32,7 @@ class SizeTable(Sequence[Subnet]):
     Args:
         subnets: In ascending order of size.
         budget: What a size is a fraction of: `"params"`, `"macs"` or `"channels"`.
-        min_keep: Smallest share of its units that a group keeps, in (0, 1].
+        min_keep: Smallest share of its units that a group keeps, in [0, 1]; with 0 groups may be dropped.
         full_params: Parameters of the full denoiser.
         full_macs: MACs of one forward of the full denoiser, batch of one.
     """

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import send_to_device
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
@@ -187,6 +187,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=args.mixed_precision,
         log_with=tracker,
         project_dir=Path(args.output_dir) / args.logging_dir,
+        # A dropped branch gives its weights no gradient, for which DDP would wait.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.min_keep == 0)],
     )
     check_sharding(accelerator, args.validation_samples)
     if args.use_8bit_adam and is_sharded(accelerator):
@@ -524,7 +526,12 @@ def compression_parser(description: str) -> tuple[argparse.ArgumentParser, AddTo
     add = adders["compression"]
     add("--sizes", type=size, nargs="+", default=[0.4, 0.6, 0.8, 1.0], help="fractions of the full model")
     add("--budget", choices=BUDGETS, default="params", help="what a size is a fraction of")
-    add("--min_keep", type=float, default=0.25, help="smallest share of its channels that a layer keeps")
+    add(
+        "--min_keep",
+        type=float,
+        default=0.25,
+        help="smallest share of its channels that a layer keeps; 0 drops what would keep under a quarter",
+    )
     add("--criterion", choices=sorted(CRITERIA), default="taylor", help="how channels are ranked")
     add("--importance_samples", type=count(1), default=1024, help="noisy images that the ranking looks at")
     add("--importance_batch_size", type=count(1), help="of them per device and forward; --train_batch_size by default")

@@ -132,6 +132,15 @@ def make_supernet(model: ModelMixin, sizes: tuple[float, ...] = SIZES, rotate: b
     return Supernet(model, groups, scores, allocate(model, groups, scores, sizes=sizes))
 
 
+def make_dropping_supernet(model: ModelMixin, sizes: tuple[float, ...] = SIZES) -> Supernet:
+    """A supernet some of whose branches matter so little that small sizes drop them."""
+    groups = find_channel_groups(model)
+    scores = score_channels(model, groups, criterion="random")
+    for number, group in enumerate(groups):
+        scores[group.name] = scores[group.name] * (1, 8, 0.05, 3)[number % 4]
+    return Supernet(model, groups, scores, allocate(model, groups, scores, sizes=sizes, min_keep=0))
+
+
 def sliced(fused: ModelMixin, directory: Path) -> Supernet:
     """A supernet made of another model in a checkpoint's own order and basis.
 

@@ -37,7 +37,7 @@ def feed_forward_groups(name: str, block: FeedForward, stage: str) -> list[Chann
         Slice(f"{name}.net.0.proj", "out", neurons, repeats=VALUES_PER_NEURON[activation]),
         Slice(f"{name}.net.2", "in", neurons),
     )
-    return [ChannelGroup(name, "feed_forward", stage, slices)]
+    return [ChannelGroup(name, "feed_forward", stage, slices, droppable=True)]
 
 
 def neurons(*writers: str, reader: str, kind: str = "feed_forward") -> Callable[..., list[ChannelGroup]]:
@@ -58,7 +58,7 @@ def _neuron_groups(
     if ".experts." in name:
         raise UnsupportedBlockError("a routed expert sees tokens of mixed samples, whose scores cannot be told apart")
     width = block.get_submodule(reader).weight.shape[1]
-    slices, depthwise = [], {}
+    slices, depthwise, droppable = [], {}, True
     for writer in writers:
         layer = block.get_submodule(writer)
         shape = next(layer.parameters(recurse=False)).shape
@@ -66,9 +66,10 @@ def _neuron_groups(
         slices.append(Slice(f"{name}.{writer}", "out", width, repeats=values))
         if isinstance(layer, nn.Conv2d) and layer.groups > 1:
             depthwise[writer] = values
+        droppable &= isinstance(layer, nn.Linear)
     slices.append(Slice(f"{name}.{reader}", "in", width))
     resize = partial(_resize_depthwise, values=depthwise) if depthwise else None
-    return [ChannelGroup(name, kind, stage, tuple(slices), resize)]
+    return [ChannelGroup(name, kind, stage, tuple(slices), resize, droppable)]
 
 
 def _resize_depthwise(block: nn.Module, group: ChannelGroup, units: int, values: Mapping[str, int]) -> None:

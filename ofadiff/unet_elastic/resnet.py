@@ -21,7 +21,8 @@ def resnet_groups(name: str, block: ResnetBlock2D, stage: str) -> list[ChannelGr
         Slice(f"{name}.conv2", "in", units, channels),
     ]
     resize = None
-    if not isinstance(block.conv1, (nn.Conv2d, nn.Conv3d)):
+    separable = not isinstance(block.conv1, (nn.Conv2d, nn.Conv3d))
+    if separable:
         # Separable convolutions: channels are mixed by the pointwise halves, the second depthwise half follows them.
         slices[0] = Slice(f"{name}.conv1.pointwise", "out", units, channels)
         slices[2] = Slice(f"{name}.conv2.pointwise", "in", units, channels)
@@ -31,7 +32,7 @@ def resnet_groups(name: str, block: ResnetBlock2D, stage: str) -> list[ChannelGr
         # scale_shift: the projection makes a scale and a shift for every channel, one half after the other.
         repeats = block.time_emb_proj.out_features // block.norm2.num_channels
         slices.append(Slice(f"{name}.time_emb_proj", "out", units, channels, repeats))
-    return [ChannelGroup(name, "convolution", stage, tuple(slices), resize)]
+    return [ChannelGroup(name, "convolution", stage, tuple(slices), resize, droppable=not separable)]
 
 
 def _resize_depthwise(block: nn.Module, group: ChannelGroup, units: int) -> None:
@@ -73,7 +74,7 @@ def _pair(name: str, block: nn.Module, stage: str, writer: str, norm: str, reade
         Slice(f"{name}.{norm}", "out", units, channels),
         Slice(f"{name}.{reader}", "in", units, channels),
     )
-    return ChannelGroup(f"{name}:{writer}", "convolution", stage, slices)
+    return ChannelGroup(f"{name}:{writer}", "convolution", stage, slices, droppable=True)
 
 
 def condition_norm_resnet_groups(name: str, block: ResnetBlockCondNorm2D, stage: str) -> list[ChannelGroup]:

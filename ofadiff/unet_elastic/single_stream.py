@@ -26,7 +26,7 @@ def single_stream_groups(name: str, block: nn.Module, stage: str) -> list[Channe
         Slice(reader, "in", neurons, start=attn.inner_dim),
     )
     full = {"mlp_hidden_dim": neurons} if "mlp_hidden_dim" in vars(block) else {}
-    mlp = ChannelGroup(name, "feed_forward", stage, slices, partial(scale_attributes, full=full))
+    mlp = ChannelGroup(name, "feed_forward", stage, slices, partial(scale_attributes, full=full), droppable=True)
     if "cross_attn" in dict(block.named_children()):
         raise UnsupportedBlockError("a text attention reads and writes the heads of its attention", [mlp])
     return [head_group(f"{name}.attn", attn, stage, attn.inner_dim, [reader]), mlp]
@@ -50,5 +50,5 @@ def fused_single_stream_groups(name: str, attn: nn.Module, stage: str) -> list[C
     resize_neurons = partial(scale_attributes, full={"mlp_hidden_dim": neurons})
     return [
         ChannelGroup(name, "self_attention", stage, head_slices, resize_heads),
-        ChannelGroup(f"{name}:neurons", "feed_forward", stage, neuron_slices, resize_neurons),
+        ChannelGroup(f"{name}:neurons", "feed_forward", stage, neuron_slices, resize_neurons, droppable=True),
     ]

@@ -62,17 +62,18 @@ def verify_groups(
         permute_units(model, group, backwards)
         _check(group, "reordering its units", reordering, tolerance)
 
-        kept = max(1, group.width // 2)
-        with _masked(model, group, kept):
-            expected = _output(model, converted)
-        set_widths(elastic, groups, {**full, group.name: kept})
-        what = f"keeping {kept} of {group.width} units"
-        try:
-            cutting = error_of(elastic, expected)
-        except RuntimeError as error:
-            raise ValueError(f"{group.name} is no channel group: {what} failed: {error}") from error
-        _check(group, what, cutting, tolerance)
-        errors[group.name] = max(reordering, cutting)
+        errors[group.name] = reordering
+        for kept in (max(1, group.width // 2), *([0] if group.droppable else [])):
+            with _masked(model, group, kept):
+                expected = _output(model, converted)
+            set_widths(elastic, groups, {**full, group.name: kept})
+            what = f"keeping {kept} of {group.width} units"
+            try:
+                cutting = error_of(elastic, expected)
+            except RuntimeError as error:
+                raise ValueError(f"{group.name} is no channel group: {what} failed: {error}") from error
+            _check(group, what, cutting, tolerance)
+            errors[group.name] = max(errors[group.name], cutting)
     return errors
 
 

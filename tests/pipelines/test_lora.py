@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_supernet, make_unet, output, random_inputs, relative_error, sliced
+from conftest import make_dropping_supernet, make_supernet, make_unet, output, random_inputs, relative_error, sliced
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -14,7 +14,7 @@ SIZES = (0.5, 0.75, 1.0)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj"]
 
 
-@pytest.fixture(params=[True, False], ids=["rotated", "sorted"])
+@pytest.fixture(params=["rotated", "sorted", "dropped"])
 def parts(request, tmp_path):
     """An OFA checkpoint, the state dict of a LoRA trained on the original, and the original with that LoRA fused."""
     adapted = make_unet("sd15")
@@ -25,7 +25,10 @@ def parts(request, tmp_path):
     adapted.unload_lora()
 
     unet = make_unet("sd15")
-    supernet = make_supernet(unet, sizes=SIZES, rotate=request.param)
+    if request.param == "dropped":
+        supernet = make_dropping_supernet(unet, SIZES)
+    else:
+        supernet = make_supernet(unet, SIZES, rotate=request.param == "rotated")
     save_stable_diffusion(tmp_path / "checkpoint")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "checkpoint", safety_checker=None)
     supernet.save_pretrained(tmp_path / "checkpoint" / "unet")
