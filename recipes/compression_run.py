@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import send_to_device
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
@@ -187,8 +187,6 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=args.mixed_precision,
         log_with=tracker,
         project_dir=Path(args.output_dir) / args.logging_dir,
-        # A dropped branch gives its weights no gradient, for which DDP would wait.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.min_keep == 0)],
     )
     check_sharding(accelerator, args.validation_samples)
     if args.use_8bit_adam and is_sharded(accelerator):

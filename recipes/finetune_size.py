@@ -231,7 +231,13 @@ def add_lora(args: argparse.Namespace, model: ModelMixin, groups: Sequence[Chann
     targets = args.lora_target_modules or cut_layers(model, groups)
     torch.manual_seed(args.seed)
     model.requires_grad_(False)
-    config = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha or args.lora_rank, target_modules=targets)
+    empty = [name.rpartition(".")[0] for name, parameter in model.named_parameters() if not parameter.numel()]
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha or args.lora_rank,
+        target_modules=targets,
+        exclude_modules=empty or None,  # dropped branches
+    )
     inject_adapter_in_model(config, model)
 
 

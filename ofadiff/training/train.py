@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import send_to_device
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -118,6 +118,10 @@ def train(
         if isinstance(supernet, SingleSize):
             raise ValueError("a single size is trained whole: choose multi-GPU, not FSDP, in `accelerate config`")
         skeleton = without_weights(supernet)
+    if any(0 in subnet.widths.values() for subnet in supernet.subnets):
+        # A dropped branch gives its weights no gradient, for which DDP would wait.
+        options = accelerator.ddp_handler or DistributedDataParallelKwargs()
+        accelerator.ddp_handler = replace(options, find_unused_parameters=True)
     model, optimizer = accelerator.prepare(supernet.model, optimizer)
     device, micro_steps = accelerator.device, accelerator.gradient_accumulation_steps
     share = accelerator.process_index, accelerator.num_processes

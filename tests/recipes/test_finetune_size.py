@@ -5,7 +5,7 @@ import pytest
 import torch
 import yaml
 from compression_run import parse_args
-from conftest import make_supernet, output, random_inputs, relative_error
+from conftest import make_dropping_supernet, make_supernet, output, random_inputs, relative_error
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 from recipes.tiny_stable_diffusion import make_unet, save_captioned_images, save_stable_diffusion
@@ -156,6 +156,22 @@ def test_a_killed_run_resumes_to_the_same_result(run, checkpoint, tmp_path, monk
     run(output_dir=tmp_path / "out", lora_rank=rank, resume_from_checkpoint="latest")
     expected = ending(tmp_path / "whole")
     assert all(torch.equal(value, expected[name]) for name, value in ending(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_a_size_that_drops_branches(run, checkpoint, tmp_path, rank):
+    unet = Supernet.from_pretrained(checkpoint / "unet").model
+    shutil.rmtree(checkpoint / "unet")
+    dropping = make_dropping_supernet(UNet2DModel.from_config(unet.config).eval(), (0.5, 1.0))
+    assert 0 in dropping.subnets[0].widths.values()
+    dropping.save_pretrained(checkpoint / "unet")
+    out = checkpoint if rank else tmp_path / "out"
+    result = run(lora_rank=rank or None, max_train_steps=20, checkpointing_steps=20, ema_decay=0.5, output_dir=out)
+    assert result.history[20][0.5] < result.history[0][0.5]
+    pipeline = OFAPipeline.from_pretrained(out, size=0.5) if rank else DiffusionPipeline.from_pretrained(out)
+    inputs = random_inputs(unet)
+    with dropping.at(0.5) as model:
+        assert relative_error(output(pipeline.unet, inputs), output(model, inputs)) > 1e-3
 
 
 def test_without_a_rank_the_subnet_becomes_a_plain_pipeline(run, checkpoint, tmp_path):
