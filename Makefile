@@ -6,24 +6,25 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint types unit clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/demo
 	$(BIN)/python recipes/demo.py --output_dir $(DEMO_DIR)
 
 test: lint types unit
 
-lint: $(VENV)/installed
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/installed
+types: $(VENV)/dev
 	$(BIN)/mypy
 
-unit: $(VENV)/installed
+unit: $(VENV)/dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-$(VENV)/installed: pyproject.toml
+# What is installed is the extra of that name.
+$(VENV)/demo $(VENV)/dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]"
 	touch $@
 
 clean:

@@ -160,7 +160,7 @@ def extract(
         basis: That the full weights are in.
 
     Returns:
-        A stand-alone copy in eval mode, of class `OFA<DiffusersClass>`, on the device and in the dtype of `model`.
+        A stand-alone copy in eval mode, of class `OFA<DiffusersClass>`, with `model`'s device, dtype and memory format.
 
     Raises:
         ValueError: If the weights are not there, because they are offloaded.
@@ -172,7 +172,7 @@ def extract(
     state = {}
     for key, tensor in model.state_dict().items():
         module, _, name = key.rpartition(".")
-        state[key] = active_part(tensor, name, kept.get(module, ())).clone(memory_format=torch.contiguous_format)
+        state[key] = active_part(tensor, name, kept.get(module, ())).clone()
     small.load_state_dict(state, assign=True, strict=True)
     # Buffers that no state dict holds were made on the CPU, in float32.
     buffers = dict(model.named_buffers())

@@ -251,7 +251,7 @@ class Supernet:
             size: One of `sizes`, `"smallest"` or `"largest"`.
 
         Returns:
-            A copy in eval mode, on the model's device, in its dtype.
+            A copy in eval mode, on the model's device, in its dtype and memory format (channels_last or not).
 
         Raises:
             ValueError: If there is no such size, or LoRAs are loaded; the size's own adapter is merged.

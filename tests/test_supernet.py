@@ -228,6 +228,31 @@ def test_compiling_makes_one_graph_per_size_and_none_when_a_size_returns():
         assert graphs.frame_count == expected
 
 
+def test_channels_last_stays_at_every_size_and_in_extracted_models():
+    unet = make_unet("sd15")
+    supernet = make_supernet(unet)
+    inputs = random_inputs(unet)
+    formats = []
+
+    def note(layer, args, made):
+        formats.append(made.is_contiguous(memory_format=torch.channels_last))
+
+    expected = {size: output(supernet.extract(size), inputs) for size in SIZES}
+    unet.to(memory_format=torch.channels_last)
+    for size in SIZES:
+        supernet.set_size(size)
+        small = supernet.extract(size)
+        for model in (unet, small):
+            convolutions = [layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
+            hooks = [layer.register_forward_hook(note) for layer in convolutions]
+            assert relative_error(output(model, inputs), expected[size]) < 1e-5
+            assert len(formats) >= len(convolutions) and all(formats)
+            for hook in hooks:
+                hook.remove()
+            formats.clear()
+        assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in convolutions)
+
+
 def test_a_copy_has_its_own_size(unet):
     supernet = make_supernet(unet)
     twin = copy.deepcopy(supernet)

@@ -1,0 +1,117 @@
+"""docs/deployment.md keeps its word: its blocks run as they stand there, and what they make computes the same."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_supernet, output, random_inputs, relative_error
+from diffusers import UNet2DConditionModel
+from tiny_stable_diffusion import save_stable_diffusion
+from tiny_transformers import tiny
+from torch._dynamo.testing import CompileCounter
+
+from ofadiff import Supernet
+
+PAGE = Path(__file__).parents[1] / "docs" / "deployment.md"
+START, *SECTIONS = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+SECTION = dict(section.split("\n", 1) for section in SECTIONS)
+
+
+def run(text, **names):
+    """The names that a text's blocks leave behind."""
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(block, names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deployment")
+    few_blocks = {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "mid_block_type": None,
+        "up_block_types": ("UpBlock2D",),
+    }
+    save_stable_diffusion(folder / "sd-ofa", **few_blocks)
+    supernet = make_supernet(UNet2DConditionModel.from_pretrained(folder / "sd-ofa" / "unet"), sizes=(0.5, 1.0))
+    supernet.save_pretrained(folder / "sd-ofa" / "unet")
+    return folder
+
+
+@pytest.fixture
+def loaded(folder, monkeypatch):
+    """What the page starts with, and what the supernet computes at that size."""
+    monkeypatch.chdir(folder)
+    names = run(START)
+    supernet = Supernet.from_pretrained("sd-ofa/unet")
+    supernet.set_size(0.5)
+    names["expected"] = output(supernet.model, random_inputs(supernet.model))
+    return names
+
+
+def error(denoiser, expected):
+    return relative_error(output(denoiser, random_inputs(denoiser)).float(), expected)
+
+
+def sample(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a cat", generator=generator, num_inference_steps=2, output_type="np").images
+
+
+def test_every_section_is_tested():
+    assert list(SECTION) == ["bfloat16", "channels_last", "torch.compile", "torch.export and ONNX", "Quantization"]
+
+
+def test_bfloat16(loaded):
+    pipeline = run(SECTION["bfloat16"], **loaded)["pipeline"]
+    assert pipeline.unet.dtype == torch.bfloat16
+    assert error(pipeline.unet, loaded["expected"]) < 3e-2
+    assert sample(pipeline).shape == (1, 16, 16, 3)
+
+
+def test_channels_last(loaded):
+    run(SECTION["channels_last"], **loaded)
+    assert loaded["denoiser"].conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert error(loaded["denoiser"], loaded["expected"]) < 1e-5
+    assert sample(loaded["pipeline"]).shape == (1, 16, 16, 3)
+
+
+def test_compiling_makes_one_graph(loaded, monkeypatch):
+    graphs, compile = CompileCounter(), torch.compile
+    # The page's own backend would take a minute here to compile.
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, backend=graphs, **options))
+    before = sample(loaded["pipeline"])
+    run(SECTION["torch.compile"], **loaded)
+    for _ in range(2):
+        assert abs(sample(loaded["pipeline"]) - before).max() < 1e-5
+    assert graphs.frame_count == 1
+    assert error(loaded["denoiser"], loaded["expected"]) < 1e-5
+
+
+@pytest.mark.parametrize("denoiser", ["unet", "transformer"])
+def test_exported_programs_compute_the_same_at_every_batch_size(denoiser, loaded):
+    if denoiser == "transformer":
+        transformer = tiny("DiTTransformer2DModel", num_layers=1)
+        loaded["denoiser"] = make_supernet(transformer, sizes=(0.6, 1.0)).extract(0.6)
+    names = run(SECTION["torch.export and ONNX"], **loaded)
+    assert names["exported"].call_spec.out_spec.type is tuple  # so the file can be loaded without diffusers
+    program = torch.export.load("denoiser.pt2").module()
+    for batch_size in (1, 2, 3):
+        inputs = random_inputs(names["denoiser"], batch_size)
+        expected = output(names["denoiser"], inputs)
+        with torch.no_grad():
+            (prediction,) = program(**inputs, return_dict=False)
+        assert relative_error(prediction, expected) < 1e-5
+        (prediction,) = names["session"].run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        assert relative_error(torch.from_numpy(prediction), expected) < 1e-5
+
+
+def test_quantization(loaded):
+    before = sample(loaded["pipeline"])
+    run(SECTION["Quantization"], **loaded)
+    assert 0 < error(loaded["denoiser"], loaded["expected"]) < 2e-2
+    after = sample(loaded["pipeline"])
+    assert 0 < abs(after - before).max() < 5e-2
