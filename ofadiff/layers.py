@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from diffusers.models.normalization import GlobalResponseNorm, RMSNorm
 from diffusers.models.unets import unet_stable_cascade
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ofadiff.channels import Kept, active_part
 
@@ -190,8 +191,9 @@ class EmptyGroupNorm(nn.GroupNorm):
         return input
 
 
-# What becomes of layers that lose all channels on one side; linear maps may be empty as they are.
+# What becomes of layers that lose all channels on one side. A linear map computes as before; quantizers leave it alone.
 EMPTY: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: NonDynamicallyQuantizableLinear,
     nn.Conv1d: EmptyConv1d,
     nn.Conv2d: EmptyConv2d,
     nn.Conv3d: EmptyConv3d,
@@ -254,7 +256,7 @@ def _convolved(layer: nn.Module, input: torch.Tensor, weight: torch.Tensor, bias
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else input.dtype
     everywhere = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    return everywhere.to(dtype).view(-1, *(1 for _ in lengths)).expand(len(input), -1, *lengths)
+    return everywhere.to(dtype).view(-1, *(1 for _ in lengths)).expand(input.shape[0], -1, *lengths)
 
 
 # Parameters of a layer, each cut to what the layer keeps, with `kept` as it was then.
@@ -338,6 +340,8 @@ def shrink(layer: nn.Module, name: str, kept: Kept) -> None:
         setattr(layer, parameter, nn.Parameter(part, requires_grad=full.requires_grad))
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
+        if 0 in layer.weight.shape:
+            layer.__class__ = EMPTY[nn.Linear]
     elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         layer.out_channels, layer.in_channels = layer.weight.shape[:2]
         if layer.groups > 1:
