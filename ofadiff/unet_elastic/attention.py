@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ofadiff.channels import ChannelGroup, Slice
+from ofadiff.unet_elastic.dropped_attention import droppable
 from ofadiff.unet_elastic.heads import OUTPUTS, WHOLE_HEADS, attention_kind, head_group, layers_of
 from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
 
@@ -65,42 +65,12 @@ def attention_groups(name: str, attn: Attention, stage: str) -> list[ChannelGrou
         *part("to_out.0", "in", "value_output", True),
         *part("to_add_out", "in", "value_output", True),
     )
-    droppable = type(attn) is Attention
-    return [ChannelGroup(name, attention_kind(name, attn), stage, slices, _resize_head_dim, droppable)]
-
-
-class DroppedAttention(Attention):
-    """An attention none of whose channels are left: its output is the bias of its output projections.
-
-    It needs no processor, so that it stays what it is whichever one is set.
-    """
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **cross_attention_kwargs: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As `Attention.forward`; returns the text's part too where a joint attention does."""
-        # Channels stand last, or second in images.
-        tokens = hidden_states if hidden_states.ndim == 3 else hidden_states.flatten(2).transpose(1, 2)
-        output = self.to_out[1](self.to_out[0](tokens[..., :0]))
-        if hidden_states.ndim == 4:
-            output = output.transpose(1, 2).reshape(hidden_states.shape)
-        if self.residual_connection:
-            output = output + hidden_states
-        output = output / self.rescale_output_factor
-        if encoder_hidden_states is None or self.added_kv_proj_dim is None:
-            return output
-        text = encoder_hidden_states[..., :0]
-        return output, text if self.context_pre_only else self.to_add_out(text)
+    resize = droppable(_resize_head_dim, type(attn))
+    return [ChannelGroup(name, attention_kind(name, attn), stage, slices, resize, droppable=True)]
 
 
 def _resize_head_dim(attn: nn.Module, group: ChannelGroup, units: int) -> None:
     attn.inner_dim = attn.inner_kv_dim = attn.heads * units
-    if group.droppable:
-        attn.__class__ = Attention if units else DroppedAttention
-    if attn.scale_qk and units:
+    if attn.scale_qk:
         # The processors that divide by the stored scale then agree with those that read the head dimension.
         attn.scale = units**-0.5

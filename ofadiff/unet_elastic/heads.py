@@ -12,7 +12,8 @@ from functools import partial
 from diffusers.models.normalization import RMSNorm
 from torch import nn
 
-from ofadiff.channels import ChannelGroup, Slice
+from ofadiff.channels import ChannelGroup, Resize, Slice
+from ofadiff.unet_elastic.dropped_attention import droppable
 from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
 
 # What an attention calls its layers, over all of diffusers. Rows of a fused projection repeat the layout.
@@ -23,6 +24,7 @@ KEYS_AND_VALUES = (
 )
 FUSED = ("to_qkv", "img_attn_qkv", "txt_attn_qkv", "img_qkv_proj")
 OUTPUTS = ("to_out.0", "to_out", "to_add_out", "to_out_t", "out_layer", "img_attn_proj", "txt_attn_proj")
+DROPPABLE_OUTPUTS = {"to_out.0", "to_out", "to_add_out", "out_layer"}
 QUERY_NORMS = (
     *("norm_q", "norm_added_q", "q_norm", "query_norm", "q_rms_norm", "q_rms_norm_t", "q_img_norm"),
     *("img_attn_q_norm", "txt_attn_q_norm"),
@@ -64,6 +66,21 @@ WHOLE_HEADS = {
     "SanaLinearAttnProcessor3_0",
     "StableAudioAttnProcessor2_0",
     "ZSingleStreamAttnProcessor",
+}
+# Attentions that put two streams together in ways of their own, and those that were not tried: they keep a head.
+NOT_DROPPABLE = {
+    "CogVideoXAttnProcessor2_0",
+    "CogView4AttnProcessor",
+    "Cosmos3AttnProcessor",
+    "GlmImageAttnProcessor",
+    "Kandinsky6SRAttnProcessor",
+    "MiniMaxMusic3DepthAttnProcessor",
+    "RFD4ProteinaPairAttnProcessor",
+    "SanaWMCrossAttnProcessor",
+    "SanaWMLTX2AudioVideoAttnProcessor",
+    "SanaWMLTX2PerturbedAttnProcessor",
+    "SanaWMLTX2RefinerAttnProcessor",
+    "WanAnimate2AttnProcessor",
 }
 # Norms that have a width even where they have no weights.
 _NORMS = (nn.LayerNorm, nn.RMSNorm, RMSNorm)
@@ -128,8 +145,12 @@ def head_group(
         slices.append(Slice(f"{name}.{layer}", "out", units, channels, length // (units * channels)))
     slices += [Slice(reader, "in", units, queries) for reader in readers]
     full = {attribute: state[attribute] for attribute in WIDTHS if attribute in state}
-    resize = partial(scale_attributes, full={**full, **(more or {})})
-    return ChannelGroup(name, attention_kind(name, attn), stage, tuple(slices), resize)
+    resize: Resize = partial(scale_attributes, full={**full, **(more or {})})
+    outputs = [layer for layer in OUTPUTS if layer in layers_of(attn)]
+    can_drop = type(attn.processor).__name__ not in NOT_DROPPABLE and set(outputs) <= DROPPABLE_OUTPUTS
+    if can_drop:
+        resize = droppable(resize, type(attn))
+    return ChannelGroup(name, attention_kind(name, attn), stage, tuple(slices), resize, can_drop)
 
 
 def value_groups(name: str, attn: nn.Module, stage: str) -> list[ChannelGroup]:
