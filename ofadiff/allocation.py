@@ -1,4 +1,4 @@
-"""How many units each group keeps at a size (equation 5), exact in parameters or MACs.
+"""How many units each group keeps at a size (equation 5), exact in parameters, MACs or measured costs in time.
 
 Equation 5 keeps C_l = max(min(Î_l · K_B · P · |l|, |l|), P0 · |l|) of layer l, where Î_l is the layer's share of the
 importance in its block B, K_B the number of layers there, P the retention rate and P0 its floor. So unit number w of a
@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,13 @@ from torch import nn
 
 from ofadiff.channels import ChannelGroup
 from ofadiff.cost import UnitCosts, unit_costs
+from ofadiff.latency import LatencyCosts, measure_latency_costs
 from ofadiff.sizes import SizeTable, Subnet
 
-BUDGETS = ("params", "macs", "channels")
+BUDGETS = ("params", "macs", "latency", "channels")
+
+# What a group costs when it keeps so many units: `cost_of(group name, units)`.
+CostOf = Callable[[str, int], int]
 
 # A size is met when the subnet's cost is within this fraction of the full model's.
 TOLERANCE = 0.005
@@ -43,6 +47,7 @@ def allocate(
     min_keep: float = 0.25,
     alignment: int = 8,
     inputs: Mapping[str, Any] | None = None,
+    latencies: LatencyCosts | None = None,
 ) -> SizeTable:
     """Widths of nested subnets, one for each size.
 
@@ -50,18 +55,25 @@ def allocate(
     paper's retention rate P and equation 5 is taken as printed: all layers of a block are compared, nothing that the
     clip takes is given to others, widths are not aligned, and the real cost is only reported.
 
+    With `budget="latency"` the size is a fraction of the time that the full model takes on the machine this runs on, on
+    the model's device and in its dtype. What is met is the sum of what groups cost, measured one by one: the latency of
+    a whole subnet can differ from it by some percent. `latency_table` measures it.
+
     Args:
         model: The denoiser at full size.
         groups: Its channel groups.
         scores: For every group its scores, `(width,)`, not negative.
         sizes: Fractions of the full model's budget, each in (0, 1]; at least one.
-        budget: What a size is a fraction of: `"params"`, `"macs"`, or `"channels"`.
+        budget: What a size is a fraction of: `"params"`, `"macs"`, `"latency"`, or `"channels"`.
         min_keep: Smallest share of its units that a group keeps, in [0, 1]. With 0, a group whose share would be less
             than a quarter is dropped: its branch then adds nothing but a constant bias. A group that cannot be dropped
             (`ChannelGroup.droppable`) keeps a quarter.
         alignment: Keep multiples of this many channels (of the head dimension in attention), 1 for any number. A group
             that would have fewer than four such widths takes finer steps. Full width always counts as aligned.
-        inputs: Keyword arguments of the forward that MACs are counted on; by default `example_inputs(model)`.
+        inputs: Keyword arguments of the forward that MACs and latency are measured on; by default
+            `example_inputs(model)`, a batch of one.
+        latencies: What `measure_latency_costs` found, for `ladders` of the same `min_keep` and `alignment`. If it is
+            not given, a budget in latency measures now. Given with another budget, subnets say their latency too.
 
     Returns:
         The subnets in ascending order, each within 0.5 % of the full model's budget where the units allow.
@@ -84,16 +96,24 @@ def allocate(
         raise ValueError(f"alignment is {alignment}; it must be at least 1")
     check_scores(groups, scores)
     costs = unit_costs(model, groups, inputs)
+    if budget == "latency" and latencies is None:
+        latencies = measure_latency_costs(model, groups, ladders(groups, min_keep, alignment), inputs)
+
+    def total(budget: str, widths: Mapping[str, int]) -> int:
+        return _cost(*_costs_of(budget, costs, latencies), groups, widths)
+
     if budget == "channels":
         widths_of = {size: _paper_widths(groups, scores, size, min_keep) for size in sizes}
     else:
-        widths_of = _budget_widths(groups, scores, sizes, budget, min_keep, alignment, costs)
+        full, cost_of = _costs_of(budget, costs, latencies)
+        widths_of = _budget_widths(groups, scores, sizes, budget, min_keep, alignment, full, cost_of)
     subnets = [
         Subnet(
             size,
             widths,
-            _cost(costs.params, costs.unit_params, groups, widths),
-            _cost(costs.macs, costs.unit_macs, groups, widths),
+            total("params", widths),
+            total("macs", widths),
+            None if latencies is None else total("latency", widths) / 1e6,
         )
         for size, widths in widths_of.items()
     ]
@@ -102,7 +122,8 @@ def allocate(
             raise ValueError(
                 f"sizes {smaller.size:g} and {larger.size:g} come to the same subnet; no width lies between them"
             )
-    return SizeTable(subnets, budget, min_keep, costs.params, costs.macs)
+    measured = (None, None) if latencies is None else (latencies.full / 1e6, latencies.processor)
+    return SizeTable(subnets, budget, min_keep, costs.params, costs.macs, *measured)
 
 
 def check_scores(groups: Sequence[ChannelGroup], scores: Mapping[str, torch.Tensor]) -> None:
@@ -163,21 +184,20 @@ def _budget_widths(
     budget: str,
     min_keep: float,
     alignment: int,
-    costs: UnitCosts,
+    full: int,
+    cost_of: CostOf,
 ) -> dict[float, dict[str, int]]:
-    full, unit = (costs.params, costs.unit_params) if budget == "params" else (costs.macs, costs.unit_macs)
-    ladders = {group.name: ladder(group, min_keep, alignment) for group in groups}
-    floor = {name: ladder[0] for name, ladder in ladders.items()}
-    smallest = _cost(full, unit, groups, floor)
+    widths = ladders(groups, min_keep, alignment)
+    smallest = _cost(full, cost_of, groups, {name: rungs[0] for name, rungs in widths.items()})
     if sizes[0] * full < smallest - TOLERANCE * full:
         raise ValueError(
             f"size {sizes[0]:g} is not possible: with min_keep {min_keep:g} the smallest subnet has "
             f"{smallest / full:.4f} of the full model's {budget}; ask for {math.ceil(smallest / full * 100) / 100:g} "
             "or more, or lower min_keep"
         )
-    steps = _steps(groups, scores, ladders)
+    steps = _steps(groups, scores, widths)
     chosen: dict[float, dict[str, int]] = {}
-    position = dict.fromkeys(ladders, 0)
+    position = dict.fromkeys(widths, 0)
     cost = smallest
     for size in sizes:
         # The next steps in the order of P. A step that no longer fits closes its group, and later ones fill the rest.
@@ -185,13 +205,18 @@ def _budget_widths(
         for name, rung in steps:
             if rung != position[name] + 1 or name in closed:
                 continue
-            more = (ladders[name][rung] - ladders[name][rung - 1]) * unit[name]
+            more = cost_of(name, widths[name][rung]) - cost_of(name, widths[name][rung - 1])
             if cost + more > size * full:
                 closed.add(name)
                 continue
             position[name], cost = rung, cost + more
-        chosen[size] = {name: ladders[name][rung] for name, rung in position.items()}
+        chosen[size] = {name: widths[name][rung] for name, rung in position.items()}
     return chosen
+
+
+def ladders(groups: Sequence[ChannelGroup], min_keep: float = 0.25, alignment: int = 8) -> dict[str, list[int]]:
+    """For every group the widths that `allocate` may give it, ascending."""
+    return {group.name: ladder(group, min_keep, alignment) for group in groups}
 
 
 def ladder(group: ChannelGroup, min_keep: float, alignment: int) -> list[int]:
@@ -218,5 +243,13 @@ def _steps(
     return [(groups[index].name, rung) for _, _, index, rung in sorted(reached)]
 
 
-def _cost(full: int, unit: Mapping[str, int], groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> int:
-    return full - sum(unit[group.name] * (group.width - widths[group.name]) for group in groups)
+def _costs_of(budget: str, costs: UnitCosts, latencies: LatencyCosts | None) -> tuple[int, CostOf]:
+    """What the full model costs in a budget, and what a group does."""
+    if budget == "latency" and latencies is not None:
+        return latencies.full, latencies.of
+    full, unit = (costs.params, costs.unit_params) if budget == "params" else (costs.macs, costs.unit_macs)
+    return full, lambda group, units: unit[group] * units
+
+
+def _cost(full: int, cost_of: CostOf, groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> int:
+    return full - sum(cost_of(group.name, group.width) - cost_of(group.name, widths[group.name]) for group in groups)

@@ -18,12 +18,15 @@ class Subnet:
         widths: Units kept, for every channel group by name.
         params: Parameters of the denoiser at this size.
         macs: MACs of one forward at this size, batch of one.
+        latency_ms: Milliseconds of one forward, predicted from those that its groups cost where the sizes were chosen;
+            None if they were not measured.
     """
 
     size: float
     widths: dict[str, int]
     params: int
     macs: int
+    latency_ms: float | None = None
 
 
 class SizeTable(Sequence[Subnet]):
@@ -31,20 +34,31 @@ class SizeTable(Sequence[Subnet]):
 
     Args:
         subnets: In ascending order of size.
-        budget: What a size is a fraction of: `"params"`, `"macs"` or `"channels"`.
+        budget: What a size is a fraction of: `"params"`, `"macs"`, `"latency"` or `"channels"`.
         min_keep: Smallest share of its units that a group keeps, in [0, 1]; with 0 groups may be dropped.
         full_params: Parameters of the full denoiser.
         full_macs: MACs of one forward of the full denoiser, batch of one.
+        full_latency_ms: Milliseconds of such a forward; None if it was not measured.
+        processor: What these were measured on.
     """
 
     def __init__(
-        self, subnets: Sequence[Subnet], budget: str, min_keep: float, full_params: int, full_macs: int
+        self,
+        subnets: Sequence[Subnet],
+        budget: str,
+        min_keep: float,
+        full_params: int,
+        full_macs: int,
+        full_latency_ms: float | None = None,
+        processor: str | None = None,
     ) -> None:
         self.subnets = tuple(subnets)
         self.budget = budget
         self.min_keep = min_keep
         self.full_params = full_params
         self.full_macs = full_macs
+        self.full_latency_ms = full_latency_ms
+        self.processor = processor
 
     @property
     def sizes(self) -> tuple[float, ...]:
@@ -89,7 +103,7 @@ class SizeTable(Sequence[Subnet]):
         Raises:
             ValueError: If there is no such size; lists those there are.
         """
-        return SizeTable([self.find(size)], self.budget, self.min_keep, self.full_params, self.full_macs)
+        return SizeTable.from_dict({**self.to_dict(), "subnets": [_stored(self.find(size))]})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SizeTable) and self.to_dict() == other.to_dict()
@@ -98,22 +112,30 @@ class SizeTable(Sequence[Subnet]):
         rows = (
             f"{s.size:g}: {s.params / 1e6:.2f} M params ({s.params / self.full_params:.1%}), "
             f"{s.macs / 1e9:.3f} GMACs ({s.macs / self.full_macs:.1%})"
+            + ("" if s.latency_ms is None else f", {s.latency_ms:.3g} ms on {self.processor}")
             for s in self.subnets
         )
         return f"SizeTable(budget={self.budget!r}, min_keep={self.min_keep:g}; {'; '.join(rows)})"
 
     def to_dict(self) -> dict[str, Any]:
         """What `ofa_config.json` keeps."""
+        latency = {"full_latency_ms": self.full_latency_ms, "processor": self.processor}
         return {
             "budget": self.budget,
             "min_keep": self.min_keep,
             "full_params": self.full_params,
             "full_macs": self.full_macs,
-            "subnets": [asdict(subnet) for subnet in self.subnets],
+            **(latency if self.processor else {}),
+            "subnets": [_stored(subnet) for subnet in self.subnets],
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SizeTable:
         """The table that `to_dict` described."""
+        names = ("budget", "min_keep", "full_params", "full_macs", "full_latency_ms", "processor")
         subnets = [Subnet(**subnet) for subnet in values["subnets"]]
-        return cls(subnets, values["budget"], values["min_keep"], values["full_params"], values["full_macs"])
+        return cls(subnets, **{name: values[name] for name in names if name in values})
+
+
+def _stored(subnet: Subnet) -> dict[str, Any]:
+    return {name: value for name, value in asdict(subnet).items() if value is not None}

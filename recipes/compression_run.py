@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib.util
 import json
@@ -21,7 +22,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
@@ -29,9 +30,11 @@ from huggingface_hub import ModelCardData, create_repo, upload_folder, whoami
 from PIL import Image
 
 from ofadiff import Supernet, allocate, find_channel_groups, rotate_attention, score_channels
-from ofadiff.allocation import BUDGETS
+from ofadiff.allocation import BUDGETS, ladders
 from ofadiff.channels import ChannelGroup
 from ofadiff.importance import CRITERIA
+from ofadiff.latency import LatencyCosts, measure_latency_costs
+from ofadiff.latency_table import latency_table
 from ofadiff.reweight import STRATEGIES
 from ofadiff.size_adapter import ADAPTERS_NAME
 from ofadiff.sizes import CONFIG_NAME, SizeTable
@@ -155,11 +158,16 @@ def cannot_load(name: str, expected: str, error: Exception) -> ValueError:
     return ValueError(f"cannot load {name}, expected {expected}; {reason}")
 
 
-def check_sizes(args: argparse.Namespace, denoiser: ModelMixin) -> SizeTable:
-    """Raises ValueError unless the sizes can be met. Weights do not matter, so the model may be on the meta device."""
+def check_sizes(args: argparse.Namespace, denoiser: ModelMixin, latencies: LatencyCosts | None = None) -> SizeTable:
+    """Raises ValueError unless the sizes can be met. Weights do not matter, so the model may be on the meta device.
+
+    Which sizes in latency can be met is known once it is measured.
+    """
     groups = find_channel_groups(denoiser)
     alike = {group.name: torch.ones(group.width) for group in groups}
-    return allocate(denoiser, groups, alike, args.sizes, args.budget, args.min_keep)
+    unknown = args.budget == "latency" and latencies is None
+    sizes, budget = ([1.0], "params") if unknown else (args.sizes, args.budget)
+    return allocate(denoiser, groups, alike, sizes, budget, args.min_keep, latencies=latencies)
 
 
 def make_noise_scheduler(name: str, config: Mapping[str, Any]) -> DDPMScheduler:
@@ -223,11 +231,32 @@ def make_supernet(
         groups = find_channel_groups(unet)
         if args.rotate:
             rotate_attention(unet, groups)
+        latencies = None
+        if args.budget == "latency":
+            latencies = measure_latency(args, unet, groups, accelerator)
+            check_sizes(args, unet, latencies)
         scores = score(args, unet, groups, train_data, prepare, accelerator)
-        subnets = allocate(unet, groups, scores, args.sizes, args.budget, args.min_keep)
+        subnets = allocate(unet, groups, scores, args.sizes, args.budget, args.min_keep, latencies=latencies)
         supernet = Supernet(unet, groups, scores, subnets, provenance=provenance(args))
+        if latencies is not None and accelerator.is_main_process:
+            print(latency_table(supernet, dtype=PRECISIONS[accelerator.mixed_precision]), end="\n\n")
     accelerator.print(size_table(supernet))
     return supernet, checkpoint
+
+
+def measure_latency(
+    args: argparse.Namespace, unet: ModelMixin, groups: Sequence[ChannelGroup], accelerator: Accelerator
+) -> LatencyCosts:
+    """What groups cost in time, in the precision of the run; one process measures for all."""
+    measured: list[LatencyCosts | None] = [None]
+    if accelerator.is_main_process:
+        precision = PRECISIONS[accelerator.mixed_precision]
+        measured = [
+            measure_latency_costs(
+                copy.deepcopy(unet).to(accelerator.device, precision).eval(), groups, ladders(groups, args.min_keep)
+            )
+        ]
+    return broadcast_object_list(measured)[0]
 
 
 def score(

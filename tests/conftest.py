@@ -4,13 +4,15 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ofadiff import Supernet, allocate, find_channel_groups, rotate_attention, score_channels
 from ofadiff.basis import change_module, change_of_basis
@@ -91,6 +93,21 @@ MODELS: dict[str, Callable[[], ModelMixin]] = {
 def unet(request: pytest.FixtureRequest) -> ModelMixin:
     """One of the four tiny denoisers, in eval mode, the same weights in every test."""
     return make_unet(request.param)
+
+
+@pytest.fixture
+def mac_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A second passes with every MAC, none with anything else, so that timing once is enough."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        monkeypatch.setattr("ofadiff.timing.time.perf_counter", lambda: counter.get_total_flops() / 2)
+        for constant, count in {
+            "timing.REPEATS": 1,
+            "timing.WARM_UP": 0,
+            "latency.WARM_UP": 0,
+            "latency.BLOCK_ROUNDS": 1,
+        }.items():
+            monkeypatch.setattr(f"ofadiff.{constant}", count)
+        yield
 
 
 def make_unet(name: str) -> ModelMixin:

@@ -94,7 +94,7 @@ def test_bad_input():
         allocate(unet, groups, scores, sizes=(0.5, 0.5))
     with pytest.raises(ValueError, match="sizes is empty"):
         allocate(unet, groups, scores, sizes=())
-    with pytest.raises(ValueError, match="budget is 'flops'; it must be one of params, macs, channels"):
+    with pytest.raises(ValueError, match="budget is 'flops'; it must be one of params, macs, latency, channels"):
         allocate(unet, groups, scores, budget="flops")
     with pytest.raises(ValueError, match=r"min_keep is -0.1; it must lie in \[0, 1\]"):
         allocate(unet, groups, scores, min_keep=-0.1)

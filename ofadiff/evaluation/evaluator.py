@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ofadiff.evaluation.clip_score import DEFAULT_CLIP, ClipScorer
 from ofadiff.evaluation.extractors import FeatureExtractor
 from ofadiff.evaluation.feature_statistics import FeatureStatistics
 from ofadiff.evaluation.image_protocol import call_protocol, image_protocol
-from ofadiff.evaluation.measure import PEAKS, REPEATS, ROUNDS, measure_latencies
+from ofadiff.evaluation.measure import PEAKS
 from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
 from ofadiff.evaluation.reference import RESIZE, Reference
 from ofadiff.evaluation.report import PARAMETERS, REACHED, TEACHER, Column, Report
@@ -30,6 +31,7 @@ from ofadiff.evaluation.sampling import Sampling, draw_share, evaluation_mode
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import OFAPipeline
+from ofadiff.timing import REPEATS, ROUNDS, measure_latencies, processor_name
 from ofadiff.training.data import Images
 
 # Fewer images than this have no KID.
@@ -161,7 +163,9 @@ def evaluate(
             statistics.save(save_reference_statistics)
     latencies: dict[str, float] = {}
     if "latency" in names and processes.is_main:
-        latencies = measure_latencies(lambda: _denoisers(candidates), cost_batch_size)
+        latencies = measure_latencies(
+            lambda: _denoisers(candidates), partial(example_inputs, batch_size=cost_batch_size)
+        )
 
     budget = _budget(pipeline, teacher)
     columns: dict[str, Column] = {} if budget is None else {"reached": REACHED}
@@ -256,22 +260,10 @@ def missing_reference(given: bool, statistics: FeatureStatistics | None) -> dict
 
 def describe_machine(device: torch.device) -> dict[str, str]:
     """The processor that does the work, and the versions of what runs on it."""
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    else:
-        threads = torch.get_num_threads()
-        processor = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
     return {
-        "processor": processor,
+        "processor": processor_name(device),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}",
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _missing(candidates: Sequence[Candidate], arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -381,6 +373,8 @@ def _budget(
     """What a size is a share of: how it is counted, and how much of it the full model has."""
     if not isinstance(pipeline, OFAPipeline):
         return None if teacher is None else (count_parameters, count_parameters(denoiser_of(teacher)))
+    if pipeline.subnets.budget == "latency":
+        return None  # the measured latency has a column of its own
     if pipeline.subnets.budget == "macs":
         return count_macs, pipeline.subnets.full_macs
     return count_parameters, pipeline.subnets.full_params

@@ -1,15 +1,12 @@
-"""Latency and peak memory of one forward, in denoisers to compare."""
+"""Peak memory of one forward."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import statistics
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from ofadiff.cost import example_inputs
-
-# What a latency is the median of: rounds over all models, with so many forwards of each after two that warm it up.
-ROUNDS = 5
-REPEATS = 4
-WARM_UP = 2
-
-
-@torch.no_grad()
-def measure_latencies(
-    models: Callable[[], Iterable[tuple[str, nn.Module]]], batch_size: int = 1, rounds: int = ROUNDS
-) -> dict[str, float]:
-    """Median time of each model's forward, in seconds.
-
-    The models take turns, round by round: a machine that is busier or hotter for a while slows all of them.
-
-    Args:
-        models: Gives the models by name, in every round anew, so that only one has to be held at a time.
-        batch_size: Images of the forward, which gets `example_inputs`.
-        rounds: Rounds over all models, of `REPEATS` forwards each.
-
-    Raises:
-        ValueError: If `rounds` is below 1, or no inputs are known for a model.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; it must be at least 1")
-    times: dict[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        for name, model in models():
-            inputs = example_inputs(model, batch_size)
-            for _ in range(WARM_UP):
-                model(**inputs)
-            times[name] += [_time_forward(model, inputs) for _ in range(REPEATS)]
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _time_forward(model: nn.Module, inputs: Mapping[str, Any]) -> float:
-    device = next(model.parameters()).device
-    _synchronize(device)
-    start = time.perf_counter()
-    model(**inputs)
-    _synchronize(device)
-    return time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -108,11 +63,6 @@ def _peak_on_cuda(model: nn.Module, inputs: Mapping[str, Any]) -> int:
 
 
 PEAKS = {"cpu": _peak_on_cpu, "cuda": _peak_on_cuda}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
 
 
 @contextlib.contextmanager
