@@ -47,9 +47,8 @@ def compare(comparison: Comparison) -> None:
             comparison.add_times(f"{what}: extracted, full", times[name], times["full"], MAX_TIME * macs)
             comparison.add_times(f"{what}: aligned, unaligned", times[name], times[f"{name} unaligned"])
             dropping = others["branches dropped"].subnets.find(subnet.size)
-            dropped = sum(width == 0 for width in dropping.widths.values())
             comparison.add_times(
-                f"{what}, or {dropping.macs / aligned.subnets.full_macs:.3f} with {dropped} of "
+                f"{what}, or {dropping.macs / aligned.subnets.full_macs:.3f} with {len(dropping.dropped)} of "
                 f"{len(dropping.widths)} branches dropped: dropped, width alone",
                 times[f"{name} branches dropped"],
                 times[name],

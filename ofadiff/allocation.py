@@ -57,7 +57,7 @@ def allocate(
 
     With `budget="latency"` the size is a fraction of the time that the full model takes on the machine this runs on, on
     the model's device and in its dtype. What is met is the sum of what groups cost, measured one by one: the latency of
-    a whole subnet can differ from it by some percent. `latency_table` measures it.
+    a whole subnet can differ from it by some percent. `cost.latency_table` measures it.
 
     Args:
         model: The denoiser at full size.

@@ -1,10 +1,10 @@
-"""What a denoiser costs: parameters, and MACs counted on a real forward."""
+"""What a denoiser costs: parameters, MACs counted on a real forward, and the time that one takes on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,7 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ofadiff.channels import ChannelGroup, row_axis
+from ofadiff.extracted import extract
 from ofadiff.inputs import example_inputs
+from ofadiff.timing import measure_latencies
+
+if TYPE_CHECKING:
+    from ofadiff.supernet import Supernet
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -30,6 +35,33 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> int
         inputs: Keyword arguments of the forward; by default `example_inputs(model)`, a batch of one.
     """
     return _counted_forward(model, inputs).get_total_flops() // 2
+
+
+def latency_table(
+    supernet: Supernet, inputs: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None
+) -> dict[str, float]:
+    """Measures a forward of the full model and of every size's extracted model, in turns, on the supernet's device.
+
+    Args:
+        supernet: At any size.
+        inputs: Keyword arguments of the forward; by default `example_inputs`, a batch of one.
+        dtype: Of the models; the supernet's by default.
+
+    Returns:
+        Seconds: of `"full"`, and of every size by its name, such as `"0.4"`, from the largest to the smallest.
+
+    Raises:
+        ValueError: If no inputs are known for the model, or it has LoRAs or is offloaded.
+    """
+    full_widths = {group.name: group.width for group in supernet.groups}
+
+    def models() -> Iterator[tuple[str, nn.Module]]:
+        dtype_ = dtype or supernet.model.dtype
+        yield "full", extract(supernet.model, supernet.groups, full_widths, supernet.basis).to(dtype_)
+        for size in reversed(supernet.sizes):
+            yield f"{size:g}", supernet.extract(size).to(dtype_)
+
+    return measure_latencies(models, example_inputs if inputs is None else lambda _: inputs)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ class Subnet:
     macs: int
     latency_ms: float | None = None
 
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Groups of which nothing is kept."""
+        return tuple(name for name, width in self.widths.items() if width == 0)
+
 
 class SizeTable(Sequence[Subnet]):
     """The subnets of a supernet, from the smallest to the largest; nested.

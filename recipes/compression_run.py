@@ -32,9 +32,9 @@ from PIL import Image
 from ofadiff import Supernet, allocate, find_channel_groups, rotate_attention, score_channels
 from ofadiff.allocation import BUDGETS, ladders
 from ofadiff.channels import ChannelGroup
+from ofadiff.cost import latency_table
 from ofadiff.importance import CRITERIA
 from ofadiff.latency import LatencyCosts, measure_latency_costs
-from ofadiff.latency_table import latency_table
 from ofadiff.reweight import STRATEGIES
 from ofadiff.size_adapter import ADAPTERS_NAME
 from ofadiff.sizes import CONFIG_NAME, SizeTable
@@ -239,7 +239,8 @@ def make_supernet(
         subnets = allocate(unet, groups, scores, args.sizes, args.budget, args.min_keep, latencies=latencies)
         supernet = Supernet(unet, groups, scores, subnets, provenance=provenance(args))
         if latencies is not None and accelerator.is_main_process:
-            print(latency_table(supernet, dtype=PRECISIONS[accelerator.mixed_precision]), end="\n\n")
+            measured = latency_table(supernet, dtype=PRECISIONS[accelerator.mixed_precision])
+            print(latency_rows(subnets, measured), end="\n\n")
     accelerator.print(size_table(supernet))
     return supernet, checkpoint
 
@@ -401,8 +402,25 @@ def upload(args: argparse.Namespace) -> None:
 
 def size_table(supernet: Supernet | SingleSize) -> str:
     """The sizes, as asked for and as reached."""
-    rows = [f"{'size':>6}  {'parameters':>20}  {'MACs':>20}"]
-    rows += [f"{size:>6g}  {params:>20}  {macs:>20}" for size, (params, macs) in costs(supernet).items()]
+    dropping = any(subnet.dropped for subnet in supernet.subnets)
+    rows = [f"{'size':>6}  {'parameters':>20}  {'MACs':>20}" + "  branches" * dropping]
+    for subnet, (params, macs) in zip(supernet.subnets, costs(supernet).values(), strict=True):
+        branches = f"{len(subnet.widths) - len(subnet.dropped)}/{len(subnet.widths)}"
+        rows.append(f"{subnet.size:>6g}  {params:>20}  {macs:>20}" + f"  {branches:>8}" * dropping)
+    return "\n".join(rows)
+
+
+def latency_rows(subnets: SizeTable, measured: Mapping[str, float]) -> str:
+    """What sizes take, beside what was predicted when they were chosen."""
+    predicted = {
+        f"{subnet.size:g}": f"{subnet.latency_ms / subnets.full_latency_ms:.1%}"
+        for subnet in subnets
+        if subnet.latency_ms is not None and subnets.full_latency_ms is not None
+    }
+    rows = [f"{'size':>6}  {'latency on ' + (subnets.processor or ''):>20}  {'predicted':>9}"]
+    for name, seconds in measured.items():
+        latency = f"{seconds * 1e3:.4g} ms ({seconds / measured['full']:.1%})"
+        rows.append(f"{name:>6}  {latency:>20}  {predicted.get(name, ''):>9}")
     return "\n".join(rows)
 
 

@@ -38,15 +38,11 @@ def dropping(request):
     return make_dropping_supernet(tiny(request.param), (0.6, 0.8, 1.0)), tiny_inputs(request.param)
 
 
-def dropped(subnet):
-    return {name for name, width in subnet.widths.items() if width == 0}
-
-
 def test_a_small_size_drops_branches_and_everything_else_holds(dropping, tmp_path):
     supernet, inputs = dropping
     subnets = supernet.subnets
-    assert dropped(subnets[0]) and not dropped(subnets[-1])
-    assert dropped(subnets[0]) <= {group.name for group in supernet.groups if group.droppable}
+    assert set(subnets[0].dropped) and not subnets[-1].dropped
+    assert set(subnets[0].dropped) <= {group.name for group in supernet.groups if group.droppable}
     for smaller, larger in itertools.pairwise(subnets):
         assert all(smaller.widths[name] <= larger.widths[name] for name in smaller.widths)
     supernet.save_pretrained(tmp_path / "supernet")
@@ -131,7 +127,7 @@ def test_autocast_gives_the_dtype_of_a_convolution():
     supernet = make_dropping_supernet(unet)
     supernet.set_size("smallest")
     seen = []
-    name = next(name for name in dropped(supernet.subnets[0]) if "resnets" in name)
+    name = next(name for name in supernet.subnets[0].dropped if "resnets" in name)
     unet.get_submodule(name).conv2.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         output(unet, random_inputs(unet))

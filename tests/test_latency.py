@@ -11,9 +11,8 @@ from tiny_transformers import tiny, tiny_inputs
 
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
 from ofadiff.allocation import ladders
-from ofadiff.cost import unit_costs
+from ofadiff.cost import latency_table, unit_costs
 from ofadiff.latency import LatencyCosts, measure_latency_costs
-from ofadiff.latency_table import latency_table
 
 SIZES = (0.55, 0.75, 0.9, 1.0)
 
@@ -142,11 +141,10 @@ def test_on_that_clock_sizes_are_met_by_whole_models(mac_clock):
         subnet.widths for subnet in allocate(unet, groups, scores, SIZES, "macs")
     ]
     supernet = Supernet(unet, groups, scores, subnets)
-    *_, full, largest, _, _, smallest = latency_table(supernet).splitlines()
-    assert full == f"| full | {subnets.full_macs * 1000:.4g} | 1.000 |  |"
-    assert largest == f"| 1 | {subnets.full_macs * 1000:.4g} | 1.000 | 1.000 |"
-    share = f"{subnets[0].macs / subnets.full_macs:.3f}"
-    assert smallest == f"| 0.55 | {subnets[0].macs * 1000:.4g} | {share} | {share} |"
+    measured = latency_table(supernet)
+    assert list(measured) == ["full", "1", "0.9", "0.75", "0.55"]
+    assert measured["full"] == subnets.full_macs
+    assert [measured[f"{subnet.size:g}"] for subnet in subnets] == [subnet.macs for subnet in subnets]
     assert supernet.size == 1.0
 
 

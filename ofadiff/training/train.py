@@ -118,7 +118,7 @@ def train(
         if isinstance(supernet, SingleSize):
             raise ValueError("a single size is trained whole: choose multi-GPU, not FSDP, in `accelerate config`")
         skeleton = without_weights(supernet)
-    if any(0 in subnet.widths.values() for subnet in supernet.subnets):
+    if any(subnet.dropped for subnet in supernet.subnets):
         # A dropped branch gives its weights no gradient, for which DDP would wait.
         options = accelerator.ddp_handler or DistributedDataParallelKwargs()
         accelerator.ddp_handler = replace(options, find_unused_parameters=True)
