@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -143,20 +144,21 @@ def _own_flops(flops: Mapping[str, int], block: str) -> int:
 
 
 def _counted_forward(model: nn.Module, inputs: Mapping[str, Any] | None) -> FlopCounterMode:
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     inputs = dict(example_inputs(model) if inputs is None else inputs)
+    tensors = [*model.parameters(), *model.buffers()]
+    # A copy without weights: some models keep what they computed in a forward for the next one.
+    on_meta = copy.deepcopy(model, {id(tensor): tensor.detach().to("meta") for tensor in tensors})
     try:
-        return _count(model, on_meta, _to_meta(inputs))
+        return _count(on_meta, _to_meta(inputs))
     except (NotImplementedError, RuntimeError):
         # A model that looks at the values of its inputs, such as the lengths of the prompts, has to compute.
-        return _count(model, tensors, inputs)
+        return _count(model, inputs)
 
 
-def _count(model: nn.Module, tensors: dict[str, torch.Tensor], inputs: dict[str, Any]) -> FlopCounterMode:
+def _count(model: nn.Module, inputs: dict[str, Any]) -> FlopCounterMode:
     # The fused attention kernels have no FLOP formula on every device; the plain one is two matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, tensors, kwargs=inputs)
+        model(**inputs)
     return counter
 
 

@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import datasets
@@ -71,6 +72,20 @@ def run(flags):
 
 def weights(folder):
     return Supernet.from_pretrained(folder / "unet").model.state_dict()
+
+
+def test_sizes_in_latency_are_measured_and_their_table_is_printed(run, tmp_path, capsys, mac_clock):
+    run(budget="latency", sizes="0.6 1.0", max_train_steps=0)
+    subnets = OFAPipeline.from_pretrained(tmp_path / "out").subnets
+    assert subnets.budget == "latency" and subnets.full_latency_ms == subnets.full_macs * 1000
+    assert subnets[0].latency_ms / subnets.full_latency_ms == pytest.approx(0.6, abs=0.005)
+    measured = f"{subnets[0].macs * 1000:.4g} ms ({subnets[0].macs / subnets.full_macs:.1%})"
+    assert re.search(
+        rf"0\.6 +{re.escape(measured)} +{subnets[0].macs / subnets.full_macs:.1%}\n", capsys.readouterr().out
+    )
+    with pytest.raises(ValueError, match=r"size 0\.2 is not possible.* of the full model's latency"):
+        run(budget="latency", sizes="0.2 1.0", output_dir=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("teacher", ["unconditional", "conditional"])
