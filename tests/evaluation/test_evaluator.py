@@ -80,6 +80,12 @@ def test_images_alone_are_sampled_for_costs_alone(pipeline):
     assert [row.label for row in report.rows] == ["0.5"] and len(report.images["0.5"]) == 3
 
 
+def test_a_size_in_latency_is_no_share_of_parameters(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.subnets, "budget", "latency")
+    report = evaluate(pipeline, metrics=["macs"], sizes=[0.5], **QUICK)
+    assert list(report.columns) == ["params", "macs"] and report.protocol["budget"] == "latency"
+
+
 def test_a_plain_pipeline_has_one_row(pipeline, teacher):
     report = evaluate(pipeline.extract(0.5), teacher=teacher, metrics=["psnr"], **QUICK)
     assert [row.label for row in report.rows] == ["teacher", "model"]
