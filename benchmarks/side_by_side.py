@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from ofadiff.evaluation.measure import measure_peak_memory
+from ofadiff.timing import processor_name
 
 WARMUP = 2
 
@@ -176,22 +176,10 @@ def main(
     missed = 0
     for name in [args.device] if args.device else there:
         comparison = Comparison(torch.device(name), args.quick, 1 if args.quick else args.rounds)
-        threads = torch.get_num_threads()
-        print(f"\n{device_name(name)}, torch {torch.__version__}, {threads} threads, {comparison.dtype}")
+        print(f"\n{processor_name(comparison.device)}, torch {torch.__version__}, {comparison.dtype}")
         compare(comparison)
         missed += sum(not row.met for row in comparison.rows)
         print(f"\n{comparison.table()}")
     if missed:
         print(f"\n{missed} bound{'s' if missed > 1 else ''} missed")
     return int(missed > 0)
-
-
-def device_name(device: str) -> str:
-    """What the hardware calls itself."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

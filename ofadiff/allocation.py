@@ -193,7 +193,7 @@ def _budget_widths(
         raise ValueError(
             f"size {sizes[0]:g} is not possible: with min_keep {min_keep:g} the smallest subnet has "
             f"{smallest / full:.4f} of the full model's {budget}; ask for {math.ceil(smallest / full * 100) / 100:g} "
-            "or more, or lower min_keep"
+            f"or more{', or lower min_keep' if min_keep else ''}"
         )
     steps = _steps(groups, scores, widths)
     chosen: dict[float, dict[str, int]] = {}
