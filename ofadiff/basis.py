@@ -19,6 +19,9 @@ PERMUTATION = "permutation"
 
 BASIS_NAME = "ofa_basis.safetensors"
 
+FLOATS = (torch.float16, torch.float32)
+INTEGERS = (torch.int16, torch.int32)
+
 
 def change_of_basis(group: str, part: Slice, basis: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What takes the original entries of a slice into the basis of its group.
@@ -29,14 +32,14 @@ def change_of_basis(group: str, part: Slice, basis: Mapping[str, torch.Tensor]) 
         basis: What `ofa_basis.safetensors` holds, by group and name.
 
     Returns:
-        The order of the units, `(units,)` integer, or a matrix per head, `(heads, head_dim, head_dim)`.
+        The order of the units, `(units,)` integer, or a matrix per head, `(heads, head_dim, head_dim)` float64.
 
     Raises:
         KeyError: If the basis knows nothing of the group.
     """
     if f"{group}.{PERMUTATION}" in basis:
-        return basis[f"{group}.{PERMUTATION}"]
-    matrices = basis[f"{group}.{part.basis}"]
+        return basis[f"{group}.{PERMUTATION}"].long()
+    matrices = basis[f"{group}.{part.basis}"].double()
     return inverse_transpose(matrices) if part.dual else matrices
 
 
@@ -74,9 +77,18 @@ def change_module(module: nn.Module, part: Slice, change: torch.Tensor) -> None:
             parameter.copy_(apply_change(parameter, 1, part, change))
 
 
-def save_basis(basis: Mapping[str, torch.Tensor], directory: str | Path) -> None:
+def compact(tensor: torch.Tensor) -> torch.Tensor:
+    """An entry of a basis in the smallest dtype that holds all its values exactly."""
+    dtypes = FLOATS if tensor.is_floating_point() else INTEGERS
+    return next((small for small in map(tensor.to, dtypes) if torch.equal(small.to(tensor.dtype), tensor)), tensor)
+
+
+def save_basis(
+    basis: Mapping[str, torch.Tensor], directory: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes `ofa_basis.safetensors` into a denoiser's folder."""
-    save_file({name: tensor.contiguous() for name, tensor in basis.items()}, Path(directory) / BASIS_NAME)
+    tensors = {name: tensor.contiguous() for name, tensor in basis.items()}
+    save_file(tensors, Path(directory) / BASIS_NAME, None if metadata is None else dict(metadata))
 
 
 def load_basis(directory: str | Path) -> dict[str, torch.Tensor]:

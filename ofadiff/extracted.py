@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -23,17 +25,25 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 
-from ofadiff.basis import BASIS_NAME, load_basis, save_basis
+from ofadiff.basis import BASIS_NAME, load_basis
 from ofadiff.channels import ChannelGroup, Kept, active_part, check_widths, read_active_part
 from ofadiff.elastic import kept_by_module, shrink_model
+from ofadiff.files import add_to_safetensors, weight_files
+from ofadiff.hub import upload
+from ofadiff.refusals import refusals
 from ofadiff.size_adapter import load_size_adapter
 from ofadiff.sizes import CONFIG_NAME, Subnet
+from ofadiff.stand_in import StandIn, stock_class
+from ofadiff.structure import check_fingerprints, check_structure
 from ofadiff.unet_elastic import find_channel_groups
 
 # Key of the widths in an extracted model's config.json.
 WIDTHS_KEY = "ofa_widths"
 
 PREFIX = "OFA"
+
+# Before the names of the basis' tensors among a model's weights.
+BASIS_PREFIX = "ofa_basis."
 
 # What was read of a file stays resident while it is open, and opening it takes a millisecond or two.
 TENSORS_PER_OPENING = 16
@@ -44,28 +54,48 @@ class ExtractedModel:
 
     # The supernet's basis, if the model came out of one; adapters of the original model pass through it.
     ofa_basis: dict[str, torch.Tensor] | None = None
+    # The basis lies among the weights; diffusers is not to warn of what the model does not take.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [rf"^{re.escape(BASIS_PREFIX)}"]
     _stock_class: type[ModelMixin]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """As in the stock class; the basis is read too, where the folder has one."""
+        """As in the stock class; the basis is read too, where the files hold one."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        file = _basis_file(pretrained_model_name_or_path, **kwargs)
-        model.ofa_basis = None if file is None else load_basis(file.parent)
+        model.ofa_basis = _read_basis(pretrained_model_name_or_path, **kwargs)
         return loaded
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As in the stock class, with the basis beside the weights.
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in the stock class; a file of the weights holds the basis too, so that wherever they go it goes along.
 
         Raises:
-            ValueError: If the folder holds a supernet, which this would destroy.
+            ValueError: If the folder holds a supernet, which this would destroy, or the format is not safetensors.
         """
-        if (Path(save_directory) / CONFIG_NAME).exists():
-            raise ValueError(f"{save_directory} holds a supernet; save the extracted model in another folder")
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        if self.ofa_basis is not None:
-            save_basis(self.ofa_basis, save_directory)
+        folder = Path(save_directory)
+        if (folder / CONFIG_NAME).exists():
+            raise ValueError(f"{folder} holds a supernet; save the extracted model in another folder")
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False: an extracted model is saved as safetensors only")
+        super().save_pretrained(  # type: ignore[misc]
+            folder, is_main_process, save_function, variant=variant, max_shard_size=max_shard_size, **kwargs
+        )
+        (folder / BASIS_NAME).unlink(missing_ok=True)  # what an earlier model of another format left
+        if self.ofa_basis is not None and is_main_process:
+            last = next(reversed(weight_files(folder, variant)))
+            add_to_safetensors(last, {}, {f"{BASIS_PREFIX}{name}": tensor for name, tensor in self.ofa_basis.items()})
+        if push_to_hub:
+            upload(self, folder.name, variant, kwargs)
 
     def load_lora_adapter(
         self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = "transformer", **kwargs: Any
@@ -73,14 +103,18 @@ class ExtractedModel:
         """Loads a LoRA of the original model: it acts as the original with the LoRA fused, cut to this size.
 
         Raises:
-            ValueError: If the adapter is no dict of tensors, no plain LoRA, or the model has lost its basis.
+            ValueError: If the adapter is no dict of tensors, no plain LoRA of the original, or the model has lost its
+                basis.
         """
         from ofadiff.adapters import convert_lora_state_dict  # peft is needed for adapters only
 
         if not isinstance(pretrained_model_name_or_path_or_dict, dict):
             raise ValueError("an extracted model takes a LoRA as a state dict; load it with load_lora_weights()")
         if self.ofa_basis is None:
-            raise ValueError(f"this model was saved without {BASIS_NAME}, so no LoRA of the original can be converted")
+            raise ValueError(
+                "the files that this model was loaded from hold no basis of its supernet, so no LoRA of the original "
+                "can be converted; extract it anew, and save it with its own save_pretrained()"
+            )
         dotted = "" if prefix is None else f"{prefix}."
         adapter = {
             key.removeprefix(dotted): tensor
@@ -121,11 +155,30 @@ class ExtractedModel:
         return (model, unused) if return_unused_kwargs else model
 
 
-@functools.cache
-def extracted_class(stock: type[ModelMixin]) -> type[ModelMixin]:
+def extracted_class(cls: type[ModelMixin]) -> type[ModelMixin]:
     """The class of the extracted models of a diffusers denoiser class, `OFA<DiffusersClass>`."""
-    namespace = {"__module__": "ofadiff", "__doc__": stock.__doc__, "_stock_class": stock}
-    return type(f"{PREFIX}{stock.__name__}", (ExtractedModel, stock), namespace)
+    return _extracted_class(stock_class(cls))
+
+
+@functools.cache
+def _extracted_class(stock: type[ModelMixin]) -> type[ModelMixin]:
+    namespace = {
+        "__module__": "ofadiff",
+        "__doc__": stock.__doc__,
+        "_stock_class": stock,
+        **refusals(stock, EXTRACTED_REFUSES),
+    }
+    return StandIn(f"{PREFIX}{stock.__name__}", (ExtractedModel, stock), namespace)
+
+
+# Methods of diffusers models that cannot be right on an extracted model, and why.
+EXTRACTED_REFUSES = {
+    "_load_ip_adapter_weights": "an IP-Adapter works with the original model only, not with an extracted size",
+    "load_attn_procs": (
+        "attention processors with weights of the original do not fit an extracted size; load LoRAs with "
+        "load_lora_weights()"
+    ),
+}
 
 
 def extracted_class_by_name(name: str) -> type[ModelMixin]:
@@ -137,12 +190,12 @@ def extracted_class_by_name(name: str) -> type[ModelMixin]:
     stock = getattr(diffusers, name.removeprefix(PREFIX), None)
     if not (name.startswith(PREFIX) and isinstance(stock, type) and issubclass(stock, ModelMixin)):
         raise AttributeError(f"module 'ofadiff' has no attribute {name!r}")
-    return extracted_class(stock)  # type: ignore[arg-type]
+    return extracted_class(stock)
 
 
 def empty_extracted_model(stock: type[ModelMixin], config: dict[str, Any], widths: dict[str, int]) -> ModelMixin:
     """An extracted model in eval mode whose parameters are on the meta device, its buffers made."""
-    cls = extracted_class(stock)  # type: ignore[arg-type]
+    cls = extracted_class(stock)
     with init_empty_weights(include_buffers=False):
         return cls.from_config({**config, "_class_name": cls.__name__, WIDTHS_KEY: dict(widths)}).eval()
 
@@ -207,30 +260,49 @@ def load_extracted(
         FileNotFoundError: If the folder holds no safetensors weights of that variant.
     """
     directory, widths = Path(directory), subnet.widths
-    small = empty_extracted_model(stock, stock.load_config(directory), widths)
-    kept = kept_by_module(_groups_of(stock, stock.load_config(directory), widths), widths)
-    adapter = load_size_adapter(directory, subnet.size)
+    values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    check_structure(directory, values, variant)
     dtype = torch_dtype if isinstance(torch_dtype, torch.dtype) else torch.float32
+    with _default_dtype(dtype):
+        small = empty_extracted_model(stock, stock.load_config(directory), widths)
+    groups = _groups_of(stock, stock.load_config(directory), widths)
+    check_fingerprints(groups, values["groups"], directory)
+    kept = kept_by_module(groups, widths)
+    adapter = load_size_adapter(directory, subnet.size)
     state: dict[str, torch.Tensor] = {}
-    for file, keys in _weight_files(directory, variant).items():
+    for file, keys in weight_files(directory, variant).items():
         for start in range(0, len(keys), TENSORS_PER_OPENING):
-            state |= _read_parts(file, keys[start : start + TENSORS_PER_OPENING], kept, dtype)
+            dtypes = {key: _dtype_of(stock, key, dtype) for key in keys[start : start + TENSORS_PER_OPENING]}
+            state |= _read_parts(file, dtypes, kept)
     small.load_state_dict(state, assign=True, strict=True)
     if adapter is not None:
         adapter.merge_into(small)
     small.ofa_basis = load_basis(directory)
-    for buffer in small.buffers():
-        buffer.data = buffer.data.to(dtype) if buffer.is_floating_point() else buffer.data
     return small
 
 
-def _read_parts(
-    file: Path, keys: Sequence[str], kept: Mapping[str, Kept], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A block in which models make their buffers as diffusers has them made when it loads in this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _dtype_of(stock: type[ModelMixin], key: str, dtype: torch.dtype) -> torch.dtype:
+    """That a floating-point parameter gets when diffusers loads the model in `dtype`: some stay in float32."""
+    kept = stock._keep_in_fp32_modules or []
+    return torch.float32 if set(key.split(".")) & {*([kept] if isinstance(kept, str) else kept)} else dtype
+
+
+def _read_parts(file: Path, dtypes: Mapping[str, torch.dtype], kept: Mapping[str, Kept]) -> dict[str, torch.Tensor]:
     """What a subnet keeps of some tensors in a file, copied: views would keep the file mapped."""
     parts = {}
     with safe_open(file, framework="pt") as weights:
-        for key in keys:
+        for key, dtype in dtypes.items():
             module, _, name = key.rpartition(".")
             if kept.get(module):
                 parts[key] = read_active_part(weights.get_slice(key), name, kept[module], dtype)
@@ -247,29 +319,44 @@ def _groups_of(stock: type[ModelMixin], config: Any, widths: Mapping[str, int]) 
     return [group for group in groups if group.name in widths]
 
 
-def _weight_files(directory: Path, variant: str | None) -> dict[Path, list[str]]:
-    """The safetensors files of a model, each with the keys of the tensors to read from it."""
-    index = directory / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
-    if index.is_file():
-        files: dict[Path, list[str]] = {}
-        for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            files.setdefault(directory / name, []).append(key)
-        return files
-    single = directory / _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)
-    if not single.is_file():
-        raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}")
-    with safe_open(single, framework="pt") as weights:
-        return {single: list(weights.keys())}
+def _read_basis(
+    name_or_path: str | Path, subfolder: str | None = None, variant: str | None = None, **kwargs: Any
+) -> dict[str, torch.Tensor] | None:
+    """The basis in a model's files, on disk or in the hub's cache; None if they hold none.
+
+    It lies among the weights, because that is what diffusers fetches from the hub; once it was a file of its own.
+    """
+    folder = Path(name_or_path) / (subfolder or "")
+    if not Path(name_or_path).is_dir():
+        index = _fetch(name_or_path, _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant), subfolder, kwargs)
+        file = index or _fetch(name_or_path, _add_variant(SAFETENSORS_WEIGHTS_NAME, variant), subfolder, kwargs)
+        own = _fetch(name_or_path, BASIS_NAME, subfolder, kwargs)
+        if file is None and own is None:
+            return None
+        folder = (file or own).parent  # type: ignore[union-attr]
+    if (folder / BASIS_NAME).is_file():
+        return load_basis(folder)
+    for file in dict.fromkeys(path for name in (variant, None) for path in _files_of(folder, name)):
+        with safe_open(file, framework="pt") as weights:
+            found = [key for key in weights.keys() if key.startswith(BASIS_PREFIX)]  # noqa: SIM118
+            if found:
+                return {key.removeprefix(BASIS_PREFIX): weights.get_tensor(key).clone() for key in found}
+    return None
 
 
-def _basis_file(name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any) -> Path | None:
-    """Where a model's basis lies, on disk or in the hub's cache; None if it has none."""
-    if Path(name_or_path).is_dir():
-        file = Path(name_or_path) / (subfolder or "") / BASIS_NAME
-        return file if file.is_file() else None
+def _fetch(name: str | Path, file: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> Path | None:
+    """A file of a hub repository in the cache; None if the repository has none of that name."""
     keys = ("cache_dir", "force_download", "local_files_only", "token", "revision")
     options = {key: kwargs[key] for key in keys if kwargs.get(key) is not None}
     try:
-        return Path(hf_hub_download(str(name_or_path), BASIS_NAME, subfolder=subfolder, **options))
+        return Path(hf_hub_download(str(name), file, subfolder=subfolder, **options))
     except EntryNotFoundError:
         return None
+
+
+def _files_of(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files of a model's variant, or none."""
+    try:
+        return list(weight_files(folder, variant))
+    except FileNotFoundError:
+        return []

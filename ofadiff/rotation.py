@@ -19,6 +19,9 @@ from ofadiff.channels import ChannelGroup, Slice
 # Above this condition number of a factor, M would blow up rounding errors (and adapters that pass through it).
 MAX_CONDITION = 1e5
 
+# Under this condition number M may be rounded to float16.
+ROUNDED_CONDITION = 64
+
 # Left on an attention that was turned.
 ROTATED = "_ofa_rotated"
 
@@ -31,8 +34,8 @@ def rotate_attention(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
     norm or a rotary embedding stands between the projections and the products, it would change the model. A head whose
     product has no full rank is only sorted, by the size of its offsets' products. Every turned group gets its `basis`:
     `"query_key"` M with q ← M q, k ← M⁻ᵀ k, and `"value_output"` N with v ← N v, W_o ← W_o N⁻¹, both
-    `(heads, head_dim, head_dim)` float64. Units of such a group are in their final order, and `Supernet` does not sort
-    them again.
+    `(heads, head_dim, head_dim)` float64, of values that float16 holds too (float32 where they are ill-conditioned).
+    Units of such a group are in their final order, and `Supernet` does not sort them again.
 
     Args:
         model: The denoiser that the groups were found in, not on the meta device.
@@ -108,4 +111,7 @@ def _singular_basis(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         norms = torch.linalg.vector_norm(M_0, dim=1)
         norms_inverse = torch.linalg.vector_norm(inverse_transpose(M_0), dim=1)
         M[head] = (norms_inverse / norms).sqrt()[:, None] * M_0
-    return M
+    # M is kept for adapters, so it is rounded now, and what is kept is exactly what turned the weights. The basis stays
+    # within rounding of the singular one; float32 where float16 could make an ill-conditioned matrix worse.
+    short = torch.float16 if torch.linalg.cond(M).max() < ROUNDED_CONDITION else torch.float32
+    return M.to(short).to(A.dtype)

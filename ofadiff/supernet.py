@@ -13,28 +13,35 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin
-from torch import nn
 
 from ofadiff import extracted
 from ofadiff.allocation import check_scores
-from ofadiff.basis import PERMUTATION, load_basis, save_basis
-from ofadiff.channels import ChannelGroup, Slice, active_part, check_widths
+from ofadiff.basis import PERMUTATION, compact, load_basis
+from ofadiff.channels import ChannelGroup, active_part, check_widths
 from ofadiff.elastic import check_can_be_elastic, kept_by_module, make_model_elastic, permute_units
 from ofadiff.layers import ELASTIC, is_adaptable, make_elastic
 from ofadiff.rotation import check_not_rotated
-from ofadiff.size_adapter import SizeAdapter, load_size_adapters, save_size_adapters
+from ofadiff.size_adapter import SizeAdapter, load_size_adapters
 from ofadiff.sizes import CONFIG_NAME, SizeTable, Subnet
+from ofadiff.structure import check_fingerprints, check_structure
+from ofadiff.supernet_model import (
+    FORMAT_VERSION,
+    SupernetModel,
+    SupernetState,
+    is_adapted,
+    supernet_class,
+    unwrapped,
+)
 from ofadiff.unet_elastic import find_channel_groups
-
-FORMAT_VERSION = 1
 
 
 class Supernet:
     """Sorts a denoiser's groups by importance and makes it elastic, in place; starts at its largest size.
 
-    The model keeps its class, its parameters and its state-dict keys; only its layers now compute with the active part
-    of their weights. At full size it computes what it computed before. A size must not change between a forward and
-    its backward: gradient checkpointing recomputes the forward there.
+    The model keeps its parameters and its state-dict keys; its layers now compute with the active part of their
+    weights, and its class, still under the same name, knows of the sizes: saved, adapted or called through any
+    pipeline, the model stays a supernet. At full size it computes what it computed before. A size must not change
+    between a forward and its backward: gradient checkpointing recomputes the forward there.
 
     Args:
         model: A diffusers denoiser at full size.
@@ -79,10 +86,10 @@ class Supernet:
             if group.basis is None:
                 order = torch.argsort(scores[group.name], descending=True, stable=True).cpu()
                 permute_units(model, group, order)
-                basis[f"{group.name}.{PERMUTATION}"] = order
+                basis[f"{group.name}.{PERMUTATION}"] = compact(order)
             else:
                 for name, matrices in group.basis.items():
-                    basis[f"{group.name}.{name}"] = matrices.cpu()
+                    basis[f"{group.name}.{name}"] = compact(matrices.cpu())
         self._build(model, groups, subnets, basis, provenance)
 
     def _build(
@@ -93,29 +100,44 @@ class Supernet:
         basis: dict[str, torch.Tensor],
         provenance: dict[str, Any],
     ) -> None:
-        self.model = model
-        self.groups = list(groups)
-        self.subnets = subnets
-        self.basis = basis
-        self.provenance = provenance
-        self._size_adapters: dict[float, SizeAdapter] = {}
-        self._look_up_layers()
-        self._blocks = [(model.get_submodule(group.block), group) for group in groups if group.resize is not None]
-        self._adapters: dict[str, list[tuple[nn.Module, str, Slice]]] = {}
-        self.set_size("largest")
+        self.model: Any = model
+        self._state = SupernetState(model, groups, subnets, basis, provenance)
+        model.__class__ = supernet_class(type(model))
+        model.ofa_state = self._state
 
-    def _look_up_layers(self) -> None:
-        """Everything that a switch sets, so that a switch only assigns."""
-        adapted = {name for adapter in self._size_adapters.values() for name in adapter.updates}
-        self._layers = {}
-        for subnet in self.subnets:
-            kept = kept_by_module(self.groups, subnet.widths)
-            adapter = self._size_adapters.get(subnet.size)
-            updates = {} if adapter is None else adapter.updates
-            self._layers[subnet.size] = [
-                (self.model.get_submodule(name), kept.get(name, ()), (updates[name],) if name in updates else ())
-                for name in {**kept, **dict.fromkeys(sorted(adapted))}
-            ]
+    @classmethod
+    def of(cls, model: Any) -> Supernet:
+        """The supernet that a model is, whatever it was reached by; compiled and wrapped models are too.
+
+        Raises:
+            ValueError: If the model is none.
+        """
+        model = unwrapped(model)
+        if not isinstance(model, SupernetModel) or model.ofa_state is None:
+            raise ValueError(f"this {type(model).__name__} is no supernet")
+        supernet = cls.__new__(cls)
+        supernet.model, supernet._state = model, model.ofa_state
+        return supernet
+
+    @property
+    def groups(self) -> list[ChannelGroup]:
+        """The model's channel groups."""
+        return self._state.groups
+
+    @property
+    def subnets(self) -> SizeTable:
+        """The sizes with their widths and costs."""
+        return self._state.subnets
+
+    @property
+    def basis(self) -> dict[str, torch.Tensor]:
+        """What leads from the original model's channels to this one's, see `ofadiff.basis`."""
+        return self._state.basis
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How the supernet was made."""
+        return self._state.provenance
 
     @property
     def sizes(self) -> tuple[float, ...]:
@@ -125,34 +147,22 @@ class Supernet:
     @property
     def size(self) -> float:
         """The size that the model is set to."""
-        return self._size
-
-    @property
-    def _adapted(self) -> bool:
-        return any("lora_" in name for name in self.model.state_dict())
+        return self._state.size
 
     @property
     def size_adapters(self) -> Mapping[float, SizeAdapter]:
         """The adapters by their sizes; sizes without one are not in it."""
-        return MappingProxyType(self._size_adapters)
+        return MappingProxyType(self._state.size_adapters)
 
     def set_size(self, size: float | str) -> None:
         """Sets the model to a size: one of `sizes`, `"smallest"` or `"largest"`; its adapter, if any, comes with it.
 
+        A thread that uses the model, in a pipeline's call or in an `at` block, is waited for.
+
         Raises:
             ValueError: If there is no such size; lists those there are. The model then stays as it was.
         """
-        subnet = self.subnets.find(size)
-        for layer, kept, updates in self._layers[subnet.size]:
-            # Past nn.Module's own __setattr__, which looks for parameters and takes most of a switch's time.
-            vars(layer).update(kept=kept, updates=updates)
-        for sides in self._adapters.values():
-            for side, name, part in sides:
-                units = subnet.widths[name]
-                side.kept = ((part, units),) if units < part.units else ()
-        for block, group in self._blocks:
-            group.resize(block, group, subnet.widths[group.name])  # type: ignore[misc]
-        self._size = subnet.size
+        self._state.set_size(size)
 
     def set_size_adapter(self, size: float | str, adapter: SizeAdapter | None) -> None:
         """Gives a size the LoRA that was trained on it, in place of the one it had; None takes that one away.
@@ -170,25 +180,26 @@ class Supernet:
             TypeError: If the adapter changes a layer that is neither linear nor an ungrouped convolution.
         """
         subnet = self.subnets.find(size)
-        if self._adapted:
+        if is_adapted(self.model):
             raise ValueError("the model has LoRAs; unload_lora_weights(), set the size's adapter, then load them again")
         if adapter is not None:
             self._check_size_adapter(subnet, adapter)
         place = f"size_adapter_{self.sizes.index(subnet.size)}"
-        old = self._size_adapters.pop(subnet.size, None)
-        for name in [] if old is None else old.updates:
-            layer = self.model.get_submodule(name)
-            delattr(layer, place)
-            layer.updates = ()
-        if adapter is not None:
-            self._size_adapters[subnet.size] = adapter
-            for name, update in adapter.updates.items():
+        with self._state.lock:
+            old = self._state.size_adapters.pop(subnet.size, None)
+            for name in [] if old is None else old.updates:
                 layer = self.model.get_submodule(name)
-                if not isinstance(layer, tuple(ELASTIC.values())):
-                    make_elastic(layer, name)
-                layer.add_module(place, update.to(layer.weight.device, layer.weight.dtype))
-        self._look_up_layers()
-        self.set_size(self.size)
+                delattr(layer, place)
+                layer.updates = ()
+            if adapter is not None:
+                self._state.size_adapters[subnet.size] = adapter
+                for name, update in adapter.updates.items():
+                    layer = self.model.get_submodule(name)
+                    if not isinstance(layer, tuple(ELASTIC.values())):
+                        make_elastic(layer, name)
+                    layer.add_module(place, update.to(layer.weight.device, layer.weight.dtype))
+            self._state.look_up_layers(self.model)
+            self.set_size(self.size)
 
     def _check_size_adapter(self, subnet: Subnet, adapter: SizeAdapter) -> None:
         modules, kept = dict(self.model.named_modules()), kept_by_module(self.groups, subnet.widths)
@@ -221,28 +232,20 @@ class Supernet:
         Raises:
             ValueError: If it is no plain LoRA.
         """
-        from ofadiff.adapters import adopt_adapter  # peft is needed for adapters only
-
-        sides = adopt_adapter(self.model, self.groups, adapter, self.basis)
-        # Adapters that were deleted since must not be kept alive.
-        present = getattr(self.model, "peft_config", {})
-        self._adapters = {name: old for name, old in self._adapters.items() if name in present}
-        self._adapters[adapter] = sides
-        self.set_size(self.size)
+        self._state.adopt_adapter(self.model, adapter)
 
     @contextmanager
     def at(self, size: float | str) -> Iterator[ModelMixin]:
         """The model at a size for the length of a `with` block; the size from before returns, also on an error.
 
+        Until the block ends the model is this thread's: others that set a size or call the model wait. So a thread that
+        the block waits for must not use the model.
+
         Raises:
             ValueError: If there is no such size.
         """
-        before = self.size
-        self.set_size(size)
-        try:
+        with self._state.at(size):
             yield self.model
-        finally:
-            self.set_size(before)
 
     def extract(self, size: float | str) -> ModelMixin:
         """A subnet as a stand-alone model of class `OFA<DiffusersClass>`; equal to the supernet at that size.
@@ -257,11 +260,11 @@ class Supernet:
             ValueError: If there is no such size, or LoRAs are loaded; the size's own adapter is merged.
         """
         subnet = self.subnets.find(size)
-        if self._adapted:
+        if is_adapted(self.model):
             raise ValueError("the model has adapters; fuse_lora() if they shall stay, and unload_lora_weights() first")
         small = extracted.extract(self.model, self.groups, subnet.widths, self.basis)
-        if subnet.size in self._size_adapters:
-            self._size_adapters[subnet.size].merge_into(small)
+        if subnet.size in self.size_adapters:
+            self._state.size_adapters[subnet.size].merge_into(small)
         return small
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -277,36 +280,18 @@ class Supernet:
             ValueError: If the target is a file, adapters are loaded, weights are offloaded, or `safe_serialization` is
                 off.
         """
-        if not kwargs.get("safe_serialization", True):
-            raise ValueError("safe_serialization=False: a supernet is saved as safetensors only")
-        if kwargs.get("is_main_process", True):
-            self.save_metadata(save_directory)
         self.model.save_pretrained(save_directory, **kwargs)
 
     def save_metadata(self, directory: str | Path) -> None:
-        """Writes `ofa_config.json`, `ofa_basis.safetensors` and the sizes' adapters into the denoiser's folder.
+        """Writes what `save_pretrained` writes beside the weights, for weights that lie there already.
 
         Raises:
-            ValueError: If the target is a file, adapters are loaded (the weights would be saved under other names), or
-                the weights are offloaded.
+            ValueError: If the target is a file, the weights there are another supernet's, adapters are loaded (the
+                weights would be saved under other names), or the weights are offloaded.
         """
-        directory = Path(directory)
-        if directory.is_file():
-            raise ValueError(f"{directory} is a file; a supernet is saved in a folder")
-        if self._adapted:
-            raise ValueError("the model has adapters; unload_lora_weights() before saving the supernet")
-        if any(parameter.is_meta for parameter in self.model.parameters()):
-            raise ValueError("the model's weights are offloaded; remove_all_hooks() before saving the supernet")
-        directory.mkdir(parents=True, exist_ok=True)
-        save_basis(self.basis, directory)
-        save_size_adapters(self._size_adapters, directory)
-        values = {
-            "format_version": FORMAT_VERSION,
-            "groups": [_fingerprint(group) for group in self.groups],
-            **self.subnets.to_dict(),
-            "provenance": self.provenance,
-        }
-        (directory / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        self.model.check_can_be_saved(directory)
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self._state.write_metadata(Path(directory))
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> Supernet:
@@ -330,7 +315,8 @@ class Supernet:
         model = stock.from_pretrained(directory, **kwargs)
         saved = {group["name"] for group in values["groups"]}
         groups = [group for group in find_channel_groups(model) if group.name in saved]
-        _check_fingerprints(groups, values["groups"], directory)
+        check_fingerprints(groups, values["groups"], directory)
+        check_structure(directory, values, kwargs.get("variant"))
         make_model_elastic(model, groups)
         supernet = cls.__new__(cls)
         supernet._build(model, groups, SizeTable.from_dict(values), load_basis(directory), values["provenance"])
@@ -373,23 +359,3 @@ def denoiser_class(directory: str | Path) -> type[ModelMixin]:
     if not (isinstance(stock, type) and issubclass(stock, ModelMixin)):
         raise ValueError(f"{path} names the class {name!r}, which is no diffusers model")
     return stock
-
-
-def _fingerprint(group: ChannelGroup) -> dict[str, Any]:
-    return {
-        "name": group.name,
-        "kind": group.kind,
-        "stage": group.stage,
-        "width": group.width,
-        "channels_per_unit": group.channels_per_unit,
-    }
-
-
-def _check_fingerprints(groups: Sequence[ChannelGroup], saved: list[dict[str, Any]], directory: Path) -> None:
-    found = [_fingerprint(group) for group in groups]
-    if found != saved:
-        differing = [entry for entry in found if entry not in saved] + [entry for entry in saved if entry not in found]
-        raise ValueError(
-            f"{directory / CONFIG_NAME} was made for other channel groups than this model has; first difference: "
-            f"{differing[0] if differing else 'their order'}"
-        )

@@ -1,0 +1,31 @@
+"""Methods that a diffusers class has and that cannot be right on what ofadiff made of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def refusals(
+    stock: type, reasons: Mapping[str, str], unless: Callable[[Any], bool] = lambda model: False
+) -> dict[str, Callable[..., Any]]:
+    """For a class derived from a stock class: of these methods those that it has, each raising ValueError.
+
+    Args:
+        stock: The diffusers class.
+        reasons: What the error says, by the name of the method.
+        unless: Instances for which the stock class' method is called all the same.
+    """
+    known = dir(stock)
+    return {name: _refusal(getattr(stock, name), reason, unless) for name, reason in reasons.items() if name in known}
+
+
+def _refusal(method: Callable[..., Any], reason: str, unless: Callable[[Any], bool]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not unless(self):
+            raise ValueError(reason)
+        return method(self, *args, **kwargs)
+
+    return refuse
