@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ofadiff.basis import apply_change, change_module, change_of_basis
@@ -25,10 +24,11 @@ def check_adapter(model: nn.Module, groups: Sequence[ChannelGroup], adapter: str
     """Raises ValueError if an adapter changes a cut layer in a way that cannot follow it, naming the layer."""
     for name in slices_by_module(groups):
         layer = model.get_submodule(name)
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer):
+            if adapter in layer.lora_magnitude_vector:
+                raise ValueError(f"the adapter {adapter!r} uses DoRA at {name}; only plain LoRA can follow the sizes")
+        elif not isinstance(layer, tuple(ELASTIC.values())):
             raise ValueError(f"{name} is adapted by a {type(layer).__name__}; only LoRA can follow the sizes")
-        if isinstance(layer, LoraLayer) and adapter in layer.lora_magnitude_vector:
-            raise ValueError(f"the adapter {adapter!r} uses DoRA at {name}; only plain LoRA can follow the sizes")
 
 
 def adopt_adapter(
@@ -88,6 +88,8 @@ def convert_lora_state_dict(
     converted = dict(state_dict)
     parts = slices_by_module(groups)
     for key, tensor in state_dict.items():
+        if ".dora_scale" in key or ".lora_magnitude_vector" in key:
+            raise ValueError(f"the adapter uses DoRA, {key!r}; only plain LoRA can follow the sizes")
         side = next((side for side in (".lora_A.", ".lora_B.") if side in key), None)
         module = key.partition(side or ".lora")[0]
         if side is None:
@@ -98,6 +100,12 @@ def convert_lora_state_dict(
         for group, part in parts.get(module, []):
             if (part.axis == "out") == (side == ".lora_B."):
                 dim = 0 if part.axis == "out" else 1
+                if tensor.shape[dim] < part.start + part.length:
+                    raise ValueError(
+                        f"the adapter's {key} has shape {tuple(tensor.shape)}, but the original's layer has at least "
+                        f"{part.start + part.length} channels there; a LoRA that was trained on an extracted size acts "
+                        "there alone, by peft's own functions"
+                    )
                 tensor = apply_change(tensor, dim, part, change_of_basis(group, part, basis))
                 kept: Kept = ((part, widths[group]),) if widths[group] < part.units else ()
                 tensor = active_part(tensor, parameter, kept)

@@ -259,8 +259,8 @@ def _convolved(layer: nn.Module, input: torch.Tensor, weight: torch.Tensor, bias
     return everywhere.to(dtype).view(-1, *(1 for _ in lengths)).expand(input.shape[0], -1, *lengths)
 
 
-# Parameters of a layer, each cut to what the layer keeps, with `kept` as it was then.
-_Cuts = dict[nn.Module, tuple[Kept, tuple[torch.Tensor, torch.Tensor | None]]]
+# For a layer what it was cut from, and its parameters, each cut to what the layer keeps.
+_Cuts = dict[nn.Module, tuple[tuple, tuple[torch.Tensor, torch.Tensor | None]]]
 _cuts: ContextVar[_Cuts | None] = ContextVar("_cuts", default=None)
 
 
@@ -269,7 +269,8 @@ def cut_once() -> Iterator[None]:
     """A block in which no weight changes: layers cut their weights once per size, not at every forward.
 
     For forwards without gradients; compiled ones go on cutting. What was cut is held until the block ends, which takes
-    up to the memory of the extracted model's weights.
+    up to the memory of the extracted model's weights. Weights that change all the same are cut anew if PyTorch counts
+    the change; it does not count what is written through `.data`.
     """
     token = _cuts.set({})
     try:
@@ -283,13 +284,21 @@ def _active(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         return layer.weight, layer.bias
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or (cuts := _cuts.get()) is None:
         return _cut(layer)
+    source = layer.kept, _state(layer.weight), _state(layer.bias)
     held = cuts.get(layer)
-    if held is None or held[0] is not layer.kept:
+    if held is None or held[0][0] is not source[0] or held[0][1:] != source[1:]:
         weight, bias = _cut(layer)
         # Rows of the full weight need no copy; columns are strewn over it, which every product would pay for.
-        held = layer.kept, (weight if weight is None or weight.is_contiguous() else weight.clone(), bias)
+        held = source, (weight if weight is None or weight.is_contiguous() else weight.clone(), bias)
         cuts[layer] = held
     return held[1]
+
+
+def _state(parameter: torch.Tensor | None) -> tuple[int, int] | None:
+    """Where a parameter lies and how often it was changed in place; inference tensors don't count that."""
+    if parameter is None:
+        return None
+    return parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version
 
 
 def _cut(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:

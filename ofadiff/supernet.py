@@ -223,14 +223,17 @@ class Supernet:
     def adopt_adapter(self, adapter: str) -> None:
         """Makes a LoRA of the original model that peft has injected into the model follow its sizes.
 
-        Its weights are taken, in place, into the order and the basis that the supernet's channels are in; at every size
-        it acts as the original with the LoRA fused would, cut to that size.
+        `load_lora_weights` of pipelines and `load_lora_adapter` of the model do so themselves; this is for adapters
+        that came into the model in another way, such as `add_adapter` with `set_peft_model_state_dict` after it. Until
+        then the model refuses to be called. The adapter's weights are taken, in place, into the order and the basis
+        that the supernet's channels are in; at every size it acts as the original with the LoRA fused would, cut to
+        that size.
 
         Args:
-            adapter: Name of the adapter. Adopting a name again (after a hot swap) replaces it.
+            adapter: Name of the adapter.
 
         Raises:
-            ValueError: If it is no plain LoRA.
+            ValueError: If it is no plain LoRA, or follows the sizes already.
         """
         self._state.adopt_adapter(self.model, adapter)
 
@@ -246,6 +249,16 @@ class Supernet:
         """
         with self._state.at(size):
             yield self.model
+
+    @contextmanager
+    def used_at(self, size: float | str | None) -> Iterator[None]:
+        """Like `at`; with None the model is this thread's at the size that is set, which the block may change."""
+        if size is None:
+            with self._state.lock:
+                yield
+        else:
+            with self._state.at(size):
+                yield
 
     def extract(self, size: float | str) -> ModelMixin:
         """A subnet as a stand-alone model of class `OFA<DiffusersClass>`; equal to the supernet at that size.

@@ -129,10 +129,12 @@ class SupernetState:
             finally:
                 self.set_size(before)
 
-    def adopt_adapter(self, model: ModelMixin, adapter: str) -> None:
-        """See `Supernet.adopt_adapter`."""
+    def adopt_adapter(self, model: ModelMixin, adapter: str, swapped: bool = False) -> None:
+        """See `Supernet.adopt_adapter`; `swapped` says that the adapter has new weights in place of converted ones."""
         from ofadiff.adapters import adopt_adapter  # peft is needed for adapters only
 
+        if adapter in self.sides and not swapped:
+            raise ValueError(f"the adapter {adapter!r} follows the sizes already; converting it twice would be wrong")
         with self.lock:
             sides = adopt_adapter(model, self.groups, adapter, self.basis)
             # Adapters that were deleted since must not be kept alive.
@@ -309,7 +311,7 @@ class AdaptableSupernet:
             swapped = {kwargs["adapter_name"]} if hotswap else set()
             for name in (set(loaded_adapters(self)) - before) | swapped:
                 try:
-                    state.adopt_adapter(self, name)  # type: ignore[arg-type]
+                    state.adopt_adapter(self, name, name in swapped)  # type: ignore[arg-type]
                 except ValueError:
                     self.delete_adapters(name)  # type: ignore[attr-defined]
                     raise

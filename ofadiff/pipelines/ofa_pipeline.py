@@ -21,20 +21,22 @@ from diffusers import (
     DiffusionPipeline,
     ModelMixin,
 )
-from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import snapshot_download
 
 from ofadiff.basis import BASIS_NAME
-from ofadiff.extracted import load_extracted
+from ofadiff.extracted import WIDTHS_KEY, ExtractedModel, load_extracted
 from ofadiff.layers import cut_once
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline, class_count
-from ofadiff.pipelines.lora import AdapterOfOriginal
 from ofadiff.size_adapter import ADAPTERS_NAME
 from ofadiff.sizes import SizeTable
 from ofadiff.supernet import CONFIG_NAME, Supernet, denoiser_class, read_ofa_config
+from ofadiff.supernet_model import SupernetModel, unwrapped
 
 # They choose the class of a task themselves and cannot be made.
 AUTO_PIPELINES = (AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting)
+
+# Their code does not change weights during a pipeline's call, unless the user's own tells it to.
+LIBRARIES = ("accelerate", "diffusers", "ofadiff", "peft", "tokenizers", "torch", "transformers")
 
 
 class OFAPipeline:
@@ -50,10 +52,9 @@ class OFAPipeline:
         >>> images = pipeline(size=0.6).images
     """
 
-    supernet: Supernet | None
-    subnets: SizeTable
     _denoiser_name: str
     _stock_class: type[DiffusionPipeline]
+    _only_subnet: SizeTable | None = None  # of a pipeline that was loaded with one size alone
 
     @classmethod
     def from_pretrained(
@@ -93,20 +94,15 @@ class OFAPipeline:
         variant = kwargs.get("variant")
         variant = variant if any((directory / name).glob(f"*.{variant}*.safetensors")) else None
         if size is None:
-            supernet = Supernet.from_pretrained(directory / name, torch_dtype=dtype, variant=variant)
-            denoiser = supernet.model
+            denoiser = Supernet.from_pretrained(directory / name, torch_dtype=dtype, variant=variant).model
         else:
             subnet = subnets.find(size)
-            supernet = None
-            subnets = subnets.only(size)
             stock = denoiser_class(directory / name)
             denoiser = load_extracted(directory / name, stock, subnet, torch_dtype=dtype, variant=variant)
-        pipeline_class = ofa_pipeline_class(_stock_pipeline_class(directory, denoiser))  # type: ignore[arg-type]
-        # The class's own loader, with the denoiser given: diffusers then loads everything but that.
-        load = super(OFAPipeline, pipeline_class).from_pretrained  # type: ignore[misc]
-        pipeline = load(directory, **{name: denoiser}, **kwargs)
-        pipeline.supernet, pipeline.subnets, pipeline._denoiser_name = supernet, subnets, name
-        return pipeline
+        # The class' own loader, with the denoiser given: diffusers then loads everything but that. What it makes may be
+        # of another class (`custom_pipeline`), so sizes are mixed in afterwards.
+        pipeline = _stock_pipeline_class(directory, denoiser).from_pretrained(directory, **{name: denoiser}, **kwargs)
+        return _mix_in_sizes(pipeline, name, None if size is None else subnets.only(size))
 
     @classmethod
     def from_pipe(cls, pipeline: Any, pipeline_class: type[DiffusionPipeline], **kwargs: Any) -> Any:
@@ -117,10 +113,11 @@ class OFAPipeline:
 
         Args:
             pipeline: An `OFAPipeline`.
-            pipeline_class: The diffusers class to make, such as `StableDiffusionImg2ImgPipeline`, or one that chooses
+            pipeline_class: The class to make, such as `StableDiffusionImg2ImgPipeline`, or one that chooses
                 it for the model, such as `AutoPipelineForImage2Image`.
             **kwargs: Components that the class needs beyond those of `pipeline`, such as `controlnet`, or other ones in
-                their place, such as `scheduler`; `dtype` (or `torch_dtype`) casts all components, the shared ones too.
+                their place, such as `scheduler`, or what a class that chooses takes, such as `enable_pag`; `dtype` (or
+                `torch_dtype`) casts all components, the shared ones too.
 
         Returns:
             An instance of `pipeline_class` that is an `OFAPipeline` too.
@@ -142,32 +139,78 @@ class OFAPipeline:
         _check_denoiser_not_passed(pipeline._denoiser_name, kwargs)
         dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
         if pipeline_class in AUTO_PIPELINES:
-            pipeline_class = type(pipeline_class.from_pipe(pipeline, **kwargs))
-        known = isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)
-        if not known or issubclass(pipeline_class, OFAPipeline):
-            raise ValueError(
-                f"pipeline_class is {pipeline_class!r}; it must be a diffusers pipeline class such as "
-                "StableDiffusionImg2ImgPipeline"
-            )
-        made = pipeline._rebuild(ofa_pipeline_class(pipeline_class), **kwargs)  # type: ignore[arg-type]
-        made.supernet, made.subnets = pipeline.supernet, pipeline.subnets
-        made._denoiser_name = pipeline._denoiser_name
+            made = pipeline_class.from_pipe(pipeline, **kwargs)
+        else:
+            known = isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)
+            if not known or issubclass(pipeline_class, OFAPipeline):
+                raise ValueError(
+                    f"pipeline_class is {pipeline_class!r}; it must be a diffusers pipeline class such as "
+                    "StableDiffusionImg2ImgPipeline"
+                )
+            made = pipeline._rebuild(pipeline_class, **kwargs)
+        _mix_in_sizes(made, pipeline._denoiser_name, pipeline._only_subnet)
         return made.to(dtype=dtypes[0] or dtypes[1])
 
     def __call__(self, *args: Any, size: float | str | None = None, **kwargs: Any) -> Any:
         """The pipeline's own call; `size` holds for this call only.
 
+        The denoiser is this thread's until the call ends: calls of other pipelines around it wait.
+
         Raises:
             ValueError: If there is no such size.
         """
-        if size is not None and self.supernet is None:
-            self.set_size(size)
-        at_size = nullcontext() if size is None or self.supernet is None else self.supernet.at(size)
-        # An offloaded denoiser is to leave the device between its calls, and its parts with it.
-        device = self.components[self._denoiser_name].device  # type: ignore[attr-defined]
-        offloaded = device != self._execution_device  # type: ignore[attr-defined]
-        with at_size, nullcontext() if offloaded else cut_once():
+        supernet = self.supernet
+        if supernet is None:
+            if size is not None:
+                self.set_size(size)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with supernet.used_at(size), cut_once() if self._weights_stay(args, kwargs) else nullcontext():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _weights_stay(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether no weight of the denoiser can change, or leave the device, during a call with these arguments.
+
+        An offloaded denoiser is to leave the device between its forwards, and its parts with it; and only code of
+        libraries is known not to touch weights: no callback, hook or component of the user's may run.
+        """
+        denoiser = unwrapped(self._denoiser)
+        if denoiser.device != self._execution_device:  # type: ignore[attr-defined]
+            return False
+        code = [*args, *kwargs.values()]
+        code = [value for value in code if callable(value)] + [self._stock_class, *self.components.values()]  # type: ignore[attr-defined]
+        for module in denoiser.modules():
+            code += [module, *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            code += [vars(module)["processor"]] if "processor" in vars(module) else []
+        return all(_library_of(each) in LIBRARIES for each in code if each is not None)
+
+    @property
+    def supernet(self) -> Supernet | None:
+        """The denoiser with its sizes; None if the pipeline has one size alone, or its denoiser was replaced."""
+        model = unwrapped(self._denoiser)
+        return Supernet.of(model) if isinstance(model, SupernetModel) and model.ofa_state is not None else None
+
+    @property
+    def subnets(self) -> SizeTable:
+        """The sizes that can be sampled, with their widths and costs.
+
+        Raises:
+            ValueError: If the denoiser was replaced by one without sizes.
+        """
+        supernet = self.supernet
+        if supernet is not None:
+            return supernet.subnets
+        model = unwrapped(self._denoiser)
+        only = self._only_subnet
+        if only is None or not isinstance(model, ExtractedModel) or model.config[WIDTHS_KEY] != only[0].widths:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"the pipeline's {self._denoiser_name} is another {type(model).__name__} than it was loaded with, and "
+                "that has no sizes"
+            )
+        return only
+
+    @property
+    def _denoiser(self) -> Any:
+        return self.components[self._denoiser_name]  # type: ignore[attr-defined]
 
     @property
     def sizes(self) -> tuple[float, ...]:
@@ -194,22 +237,35 @@ class OFAPipeline:
     def extract(self, size: float | str) -> DiffusionPipeline:
         """A plain diffusers pipeline around the extracted denoiser; it shares the other components.
 
-        A new ControlNet is made of the supernet, at any size: `ControlNetModel.from_unet` needs the full encoder.
+        Its call refuses `size=`, which some classes of diffusers take and ignore. A new ControlNet is made of the
+        supernet, at any size: `ControlNetModel.from_unet` needs the full encoder.
 
         Raises:
             ValueError: If there is no such size.
         """
         subnet = self.subnets.find(size)
-        denoiser = self.components[self._denoiser_name] if self.supernet is None else self.supernet.extract(subnet.size)  # type: ignore[attr-defined]
-        return self._rebuild(self._stock_class, **{self._denoiser_name: denoiser})
+        supernet = self.supernet
+        denoiser = self._denoiser if supernet is None else supernet.extract(subnet.size)
+        extracted = self._rebuild(self._stock_class, **{self._denoiser_name: denoiser})
+        extracted.__class__ = one_size_pipeline_class(self._stock_class)  # type: ignore[arg-type]
+        extracted.ofa_size = subnet.size
+        return extracted
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As in diffusers; the denoiser's folder gets the supernet's `ofa_config.json` and basis too."""
+        """As in diffusers; the denoiser saves its sizes itself."""
         if not kwargs.get("safe_serialization", True):
             raise ValueError("safe_serialization=False: an OFA checkpoint is saved as safetensors only")
-        if self.supernet is not None:
-            self.supernet.save_metadata(Path(save_directory) / self._denoiser_name)
+        if self.supernet is not None:  # before any component is written
+            self.supernet.model.check_can_be_saved(Path(save_directory) / self._denoiser_name)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
+    def load_ip_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: IP-Adapter's projections have the original's full width and basis.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("an IP-Adapter works with the original model only, not with the sizes of an OFA checkpoint")
 
     def _rebuild(self, pipeline_class: type[DiffusionPipeline], **replaced: Any) -> DiffusionPipeline:
         """A pipeline of a class around the components and with the options that both know."""
@@ -247,12 +303,71 @@ def ofa_pipeline_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline
         "__call__": __call__,
         "_stock_class": stock,
     }
-    adapters = (AdapterOfOriginal,) if issubclass(stock, LoraBaseMixin) else ()
-    return type(stock.__name__, (OFAPipeline, *adapters, stock), namespace)
+    return type(stock.__name__, (OFAPipeline, stock), namespace)
+
+
+class OneSizePipeline:
+    """What the pipeline of an extracted size adds to its class: an error where a size is asked for."""
+
+    ofa_size: float
+    _stock_class: type[DiffusionPipeline]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own call.
+
+        Raises:
+            ValueError: If it is given a size.
+        """
+        if "size" in kwargs:
+            raise ValueError(
+                f"size is {kwargs['size']!r}, but this {type(self).__name__} was extracted at size {self.ofa_size:g} "
+                "and has no other; call the OFAPipeline with size="
+            )
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce__(self) -> tuple:
+        return _new_one_size_pipeline, (self._stock_class,), self.__dict__
+
+
+@functools.cache
+def one_size_pipeline_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """A diffusers pipeline class whose call refuses `size=`, under the same name."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return OneSizePipeline.__call__(self, *args, **kwargs)
+
+    __call__.__signature__ = inspect.signature(stock.__call__)  # type: ignore[attr-defined]
+    __call__.__doc__ = stock.__call__.__doc__
+    namespace = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "__call__": __call__,
+        "_stock_class": stock,
+    }
+    return type(stock.__name__, (OneSizePipeline, stock), namespace)
+
+
+def _mix_in_sizes(pipeline: Any, denoiser_name: str, only_subnet: SizeTable | None) -> Any:
+    """Makes a pipeline around a supernet, or around one size, an `OFAPipeline` of its own class."""
+    pipeline.__class__ = ofa_pipeline_class(type(pipeline))  # type: ignore[arg-type]
+    pipeline._denoiser_name, pipeline._only_subnet = denoiser_name, only_subnet
+    return pipeline
+
+
+def _library_of(code: Any) -> str:
+    """The package that a function, a class or an object's class is defined in."""
+    defined = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
+    return (defined.__module__ or "").partition(".")[0]
 
 
 def _new_pipeline(stock: type[DiffusionPipeline]) -> DiffusionPipeline:
     cls: Any = ofa_pipeline_class(stock)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+def _new_one_size_pipeline(stock: type[DiffusionPipeline]) -> DiffusionPipeline:
+    cls: Any = one_size_pipeline_class(stock)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
