@@ -22,16 +22,12 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import Image
+from tiny_pipelines import MASK, PICTURE, SIZES, image, load, make_checkpoint
 from tiny_stable_diffusion import make_unet, save_stable_diffusion, save_stable_diffusion_xl
 
 from ofadiff import OFAPipeline
 
-SIZES = (0.6, 1.0)
 SAVE = {"sd": save_stable_diffusion, "sdxl": save_stable_diffusion_xl}
-noise = np.random.default_rng(0)
-PICTURE = Image.fromarray(noise.integers(0, 255, (16, 16, 3), dtype=np.uint8))
-MASK = Image.fromarray(np.kron(np.eye(2, dtype=np.uint8) * 255, np.ones((8, 8), dtype=np.uint8)))
 # For every task what chooses its pipeline class, and what a call needs.
 TASKS = {
     "img2img": (AutoPipelineForImage2Image, {"image": PICTURE, "strength": 0.9}),
@@ -44,13 +40,6 @@ TASKS = {
 }
 
 
-def make_checkpoint(folder, save=save_stable_diffusion, **changes):
-    save(folder, **changes)
-    supernet = make_supernet(UNet2DConditionModel.from_pretrained(folder / "unet"), sizes=SIZES)
-    supernet.save_pretrained(folder / "unet")
-    return folder
-
-
 @pytest.fixture(scope="module", params=SAVE)
 def folder(request, tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp(request.param) / "checkpoint", SAVE[request.param])
@@ -61,10 +50,6 @@ def sd_folder(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("sd") / "checkpoint")
 
 
-def load(folder, **options):
-    return OFAPipeline.from_pretrained(folder, safety_checker=None, **options)
-
-
 def make_controlnet(unet):
     """A ControlNet of the UNet's encoder whose outputs, zero when it is made, have an effect."""
     torch.manual_seed(0)
@@ -72,12 +57,6 @@ def make_controlnet(unet):
     for convolution in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
         torch.nn.init.normal_(convolution.weight, std=0.5)
     return controlnet
-
-
-def image(pipeline, **arguments):
-    pipeline.set_progress_bar_config(disable=True)
-    arguments = {"prompt": "a b", "num_inference_steps": 2, "output_type": "np", **arguments}
-    return pipeline(generator=torch.Generator().manual_seed(0), **arguments).images
 
 
 @pytest.mark.parametrize("task", TASKS)
