@@ -1,4 +1,4 @@
-"""What ties the files of a supernet together: the groups they were made for, their order and basis, and the widths.
+"""What ties the files of a supernet together, and to the groups that the model has.
 
 A permutation, a basis or a width read beside weights of another supernet would cut them wrongly without an error.
 """
@@ -44,10 +44,10 @@ def _slice_in_words(group: ChannelGroup, part: Slice) -> str:
 
 
 def structure_of(values: Mapping[str, Any], basis: Mapping[str, torch.Tensor]) -> str:
-    """A digest of groups, order, basis and widths: weights of the same structure fit the same `ofa_config.json`."""
+    """A digest of order, basis and widths: weights of the same structure fit the same `ofa_config.json`."""
     digest = hashlib.sha256()
     widths = {str(subnet["size"]): subnet["widths"] for subnet in values["subnets"]}
-    digest.update(json.dumps([values["groups"], widths], sort_keys=True).encode())
+    digest.update(json.dumps(widths, sort_keys=True).encode())
     for name in sorted(basis):
         digest.update(f"{name} {tuple(basis[name].shape)}".encode())
         digest.update(basis[name].cpu().double().numpy().tobytes())
@@ -55,7 +55,7 @@ def structure_of(values: Mapping[str, Any], basis: Mapping[str, torch.Tensor]) -
 
 
 def structure_of_folder(folder: Path) -> str | None:
-    """`structure_of` what lies in a denoiser's folder; None if that is no supernet or older than slices in groups."""
+    """`structure_of` what lies in a denoiser's folder; None if that is no supernet."""
     if not ((folder / CONFIG_NAME).is_file() and (folder / BASIS_NAME).is_file()):
         return None
     values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
