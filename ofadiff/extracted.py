@@ -19,6 +19,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
+from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, convert_unet_state_dict_to_peft
 from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import hf_hub_download
@@ -162,13 +163,17 @@ def extracted_class(cls: type[ModelMixin]) -> type[ModelMixin]:
 
 @functools.cache
 def _extracted_class(stock: type[ModelMixin]) -> type[ModelMixin]:
+    name = f"{PREFIX}{stock.__name__}"
     namespace = {
         "__module__": "ofadiff",
         "__doc__": stock.__doc__,
         "_stock_class": stock,
         **refusals(stock, EXTRACTED_REFUSES),
     }
-    return StandIn(f"{PREFIX}{stock.__name__}", (ExtractedModel, stock), namespace)
+    # diffusers looks up by the class' name how weights of adapters that differ from block to block are meant.
+    if stock.__name__ in _SET_ADAPTER_SCALE_FN_MAPPING:
+        _SET_ADAPTER_SCALE_FN_MAPPING[name] = _SET_ADAPTER_SCALE_FN_MAPPING[stock.__name__]
+    return StandIn(name, (ExtractedModel, stock), namespace)
 
 
 # Methods of diffusers models that cannot be right on an extracted model, and why.

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_supernet, make_unet, output, random_inputs, relative_error, sliced
@@ -12,7 +13,7 @@ from diffusers import (
 from peft import LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
-from tiny_pipelines import load
+from tiny_pipelines import image, load
 from tiny_stable_diffusion import save_stable_diffusion
 from tiny_transformers import tiny, tiny_inputs
 
@@ -248,3 +249,46 @@ def test_an_extracted_model_without_basis_says_so(sd, tmp_path):
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
     with pytest.raises(ValueError, match="hold no basis of its supernet"):
         loaded.load_lora_weights(sd.file)
+
+
+def test_weights_of_an_adapter_may_differ_from_block_to_block(sd):
+    pipeline = load(sd.checkpoint)
+    small = pipeline.extract(0.6)
+    scales = {"down": 0.3, "mid": 0.0, "up": {"block_1": [0.7, 0.1]}}
+    for each in (pipeline, small):
+        each.load_lora_weights(sd.file, adapter_name="style")
+        each.set_adapters("style", scales)
+    pipeline.set_size(0.6)
+    expected = output(pipeline.unet, sd.inputs)
+    assert relative_error(output(small.unet, sd.inputs), expected) < 1e-5
+    pipeline.set_adapters("style", 0.3)
+    assert relative_error(output(pipeline.unet, sd.inputs), expected) > 1e-3
+
+
+def test_a_lora_that_is_fused_between_steps_acts_from_there_on(sd):
+    pipeline = load(sd.checkpoint)
+    pipeline.load_lora_weights(sd.file, adapter_name="style")
+    pipeline.set_adapters("style", 0.0)
+
+    def fuse(pipe, step, timestep, tensors):
+        if step == 0:
+            pipe.set_adapters("style", 1.0)
+            pipe.fuse_lora(components=["unet"])
+        else:
+            pipe.unfuse_lora(components=["unet"])
+            pipe.set_adapters("style", 0.0)
+        return tensors
+
+    embeds = torch.randn(2, 1, 6, 32, generator=torch.Generator().manual_seed(0))
+    text = {"prompt": None, "prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+
+    def sample(pipe, size):
+        kwargs = {} if size is None else {"size": size}
+        return image(pipe, num_inference_steps=2, callback_on_step_end=fuse, **text, **kwargs)
+
+    extracted = load(sd.checkpoint).extract(0.6)
+    extracted.load_lora_weights(sd.file, adapter_name="style")
+    extracted.set_adapters("style", 0.0)
+    expected = sample(extracted, None)
+    assert np.allclose(sample(pipeline, 0.6), expected, atol=1e-4)
+    assert not np.allclose(image(pipeline, size=0.6, num_inference_steps=2, **text), expected, atol=1e-2)
