@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import diffusers
 import torch
@@ -55,8 +55,6 @@ class ExtractedModel:
 
     # The supernet's basis, if the model came out of one; adapters of the original model pass through it.
     ofa_basis: dict[str, torch.Tensor] | None = None
-    # The basis lies among the weights; diffusers is not to warn of what the model does not take.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [rf"^{re.escape(BASIS_PREFIX)}"]
     _stock_class: type[ModelMixin]
 
     @classmethod
@@ -91,8 +89,9 @@ class ExtractedModel:
         super().save_pretrained(  # type: ignore[misc]
             folder, is_main_process, save_function, variant=variant, max_shard_size=max_shard_size, **kwargs
         )
-        (folder / BASIS_NAME).unlink(missing_ok=True)  # what an earlier model of another format left
-        if self.ofa_basis is not None and is_main_process:
+        if self.ofa_basis is None:
+            (folder / BASIS_NAME).unlink(missing_ok=True)  # that of an earlier model
+        elif is_main_process:
             last = next(reversed(weight_files(folder, variant)))
             add_to_safetensors(last, {}, {f"{BASIS_PREFIX}{name}": tensor for name, tensor in self.ofa_basis.items()})
         if push_to_hub:
@@ -168,6 +167,11 @@ def _extracted_class(stock: type[ModelMixin]) -> type[ModelMixin]:
         "__module__": "ofadiff",
         "__doc__": stock.__doc__,
         "_stock_class": stock,
+        # The basis lies among the weights; diffusers is not to warn of what the model does not take.
+        "_keys_to_ignore_on_load_unexpected": [
+            *(stock._keys_to_ignore_on_load_unexpected or []),
+            rf"^{re.escape(BASIS_PREFIX)}",
+        ],
         **refusals(stock, EXTRACTED_REFUSES),
     }
     # diffusers looks up by the class' name how weights of adapters that differ from block to block are meant.
@@ -339,14 +343,12 @@ def _read_basis(
         if file is None and own is None:
             return None
         folder = (file or own).parent  # type: ignore[union-attr]
-    if (folder / BASIS_NAME).is_file():
-        return load_basis(folder)
-    for file in dict.fromkeys(path for name in (variant, None) for path in _files_of(folder, name)):
+    for file in _files_of(folder, variant) or _files_of(folder, None):
         with safe_open(file, framework="pt") as weights:
             found = [key for key in weights.keys() if key.startswith(BASIS_PREFIX)]  # noqa: SIM118
             if found:
                 return {key.removeprefix(BASIS_PREFIX): weights.get_tensor(key).clone() for key in found}
-    return None
+    return load_basis(folder) if (folder / BASIS_NAME).is_file() else None
 
 
 def _fetch(name: str | Path, file: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> Path | None:

@@ -99,9 +99,11 @@ class OFAPipeline:
             subnet = subnets.find(size)
             stock = denoiser_class(directory / name)
             denoiser = load_extracted(directory / name, stock, subnet, torch_dtype=dtype, variant=variant)
-        # The class' own loader, with the denoiser given: diffusers then loads everything but that. What it makes may be
-        # of another class (`custom_pipeline`), so sizes are mixed in afterwards.
-        pipeline = _stock_pipeline_class(directory, denoiser).from_pretrained(directory, **{name: denoiser}, **kwargs)
+        # With the denoiser given, diffusers loads everything but that. A custom pipeline may be of any class, so sizes
+        # are mixed in afterwards.
+        custom = kwargs.get("custom_pipeline") is not None
+        loader = DiffusionPipeline if custom else _stock_pipeline_class(directory, denoiser)
+        pipeline = loader.from_pretrained(directory, **{name: denoiser}, **kwargs)
         return _mix_in_sizes(pipeline, name, None if size is None else subnets.only(size))
 
     @classmethod
@@ -142,7 +144,7 @@ class OFAPipeline:
             made = pipeline_class.from_pipe(pipeline, **kwargs)
         else:
             known = isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)
-            if not known or issubclass(pipeline_class, OFAPipeline):
+            if not known or issubclass(pipeline_class, OFAPipeline | OneSizePipeline):
                 raise ValueError(
                     f"pipeline_class is {pipeline_class!r}; it must be a diffusers pipeline class such as "
                     "StableDiffusionImg2ImgPipeline"
@@ -418,9 +420,12 @@ def local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
 def _stock_pipeline_class(directory: Path, denoiser: ModelMixin) -> type[DiffusionPipeline]:
     index = directory / "model_index.json"
     name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    stock = getattr(diffusers, name, None)
+    stock = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(stock, type) and issubclass(stock, DiffusionPipeline)):
-        raise ValueError(f"{index} names the pipeline class {name!r}, which diffusers does not have")
+        raise ValueError(
+            f"{index} names the pipeline class {name!r}, which diffusers does not have; if it is one of your own, say "
+            "where it is with custom_pipeline="
+        )
     if stock in (DDPMPipeline, DDIMPipeline) and class_count(denoiser) is not None:
         return ClassConditionalDDPMPipeline
     return stock

@@ -76,7 +76,10 @@ def test_a_custom_pipeline_gets_sizes(folder, ddpm_folder, tmp_path, kind, base,
         pipeline(size=0.7)
     if size is None:
         pipeline.save_pretrained(tmp_path / "saved")
-        assert Supernet.from_pretrained(tmp_path / "saved" / "unet").sizes == SIZES
+        again = OFAPipeline.from_pretrained(
+            tmp_path / "saved", custom_pipeline=str(tmp_path / "custom"), trust_remote_code=True
+        )
+        assert type(again).__name__ == "Mine" and np.array_equal(sample(again, size=0.6), small)
 
 
 def test_extracted_pipelines_refuse_a_size(folder, ddpm_folder):
