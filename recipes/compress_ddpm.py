@@ -157,8 +157,11 @@ def load_data(
         images = dataset_images(dataset, args.image_column, None if classes is None else args.label_column)
     if classes is not None:
         check_labels(images, classes)
+        if images.classes:
+            accelerator.print("Classes: " + ", ".join(f"{label} = {name}" for label, name in images.classes.items()))
     share = accelerator.process_index, accelerator.num_processes
     check_images(images, args.dataloader_num_workers, accelerator.is_local_main_process, *share, gather_object)
+    accelerator.print(f"{len(images.names)} images of {args.train_data_dir or args.dataset_name}")
 
     training, validation = hold_out(len(images.names), args.validation_fraction, args.seed)
     train_data = ImageData(images, resolution, channels, random_flip=args.random_flip, indices=training)
@@ -168,10 +171,26 @@ def load_data(
 def check_labels(images: Images, known: float) -> None:
     """Raises ValueError unless every image has a class that the model knows."""
     if images.labels is None:
-        raise ValueError("the model is class-conditional, but the images have no labels: put each class in a subfolder")
-    outside = [label for label in images.labels if not 0 <= label < known]
-    if outside:
-        raise ValueError(f"label {outside[0]} of the images is not one of the model's {known} classes")
+        outside = next((name for name in images.names if len(Path(name).parts) == min_depth(images)), images.names[0])
+        raise ValueError(
+            "the model is class-conditional, but the images have no labels: put each class in a subfolder, named by "
+            f"its number; {outside} lies in none"
+        )
+    classes = images.classes or {}
+    named = {label: name for label, name in classes.items() if name != str(label) and not name.isdecimal()}
+    if named and known != math.inf and len(named) != known:
+        raise ValueError(
+            f"the images have {len(named)} classes, {', '.join(list(named.values())[:5])}, and the model {known:g}; "
+            "name the folders by the model's class numbers, so that it is clear which is which"
+        )
+    outside_labels = [label for label in images.labels if not 0 <= label < known]
+    if outside_labels:
+        raise ValueError(f"label {outside_labels[0]} of the images is not one of the model's {known} classes")
+
+
+def min_depth(images: Images) -> int:
+    """Parts of the shortest path of an image."""
+    return min(len(Path(name).parts) for name in images.names)
 
 
 def sample_images(

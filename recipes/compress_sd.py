@@ -263,6 +263,7 @@ def load_data(
             args.validation_samples if args.validation_fraction else 0,
             args.shuffle_buffer_size,
             args.resolution,
+            args.max_unreadable_fraction,
             center_crop=args.center_crop,
             random_flip=args.random_flip,
             empty_captions=args.proportion_empty_prompts,
@@ -272,6 +273,7 @@ def load_data(
     images = dataset_images(dataset, args.image_column)
     share = accelerator.process_index, accelerator.num_processes
     check_images(images, args.dataloader_num_workers, accelerator.is_local_main_process, *share, gather_object)
+    accelerator.print(f"{len(images.names)} images of {source}")
 
     training, validation = hold_out(len(images.names), args.validation_fraction, args.seed)
     train_data = TextToImageData(
@@ -365,6 +367,12 @@ def add_flags(add_to: AddTo) -> None:
         "--validation_fraction is 0",
     )
     add("--shuffle_buffer_size", type=count(1), default=1000, help="images of a stream that are shuffled, in memory")
+    add(
+        "--max_unreadable_fraction",
+        type=float,
+        default=0.1,
+        help="share of a stream's samples that may be unreadable; with more the run stops",
+    )
     add("--revision", help="of the original model on the hub")
     add("--variant", help="of the original model's weight files, such as fp16")
     add("--center_crop", action="store_true", help="crop the middle of each image; by default a random square")

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from ofadiff.data.text import read_lines, read_text
+
+# What files call the prompt; the first of these that they have.
+COLUMNS = ("text", "prompt")
 
 
 def read_prompts(file: str | Path) -> list[str]:
     """Prompts, in the order of the file.
 
     Args:
-        file: Text with one prompt a line, or a `.jsonl` with the prompt of every line under `"text"`; of several
-            captions in a list the first. Empty lines are skipped.
+        file: By its ending: `.jsonl` with an object a line, `.json` with a list, `.csv` or `.tsv` with a header, or any
+            other text with one prompt a line. Objects and tables have the prompt under `"text"` or `"prompt"`; of
+            several captions in a list the first counts. Empty lines are skipped. The encoding is UTF-8, or what a byte
+            order mark says.
 
     Raises:
-        ValueError: If there is no such file, there are no prompts in it, or a line of a `.jsonl` has none.
+        ValueError: If there is no such file, it is no text of that kind, or there are no prompts in it.
 
     Example:
         >>> prompts = read_prompts("images/metadata.jsonl")
@@ -22,25 +33,66 @@ def read_prompts(file: str | Path) -> list[str]:
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"{file} is not a file of prompts")
-    lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
-    prompts = [
-        _text(line, f"{file}, line {number}") if file.suffix == ".jsonl" else line.strip()
-        for number, line in lines
-        if line.strip()
-    ]
+    prompts = READERS.get(file.suffix.lower(), _lines)(file)
     if not prompts:
         raise ValueError(f"there are no prompts in {file}")
     return prompts
 
 
-def _text(line: str, where: str) -> str:
+def _lines(file: Path) -> list[str]:
+    return [line.strip() for line in read_lines(file) if line.strip()]
+
+
+def _json_lines(file: Path) -> list[str]:
+    lines = ((number, line) for number, line in enumerate(read_lines(file), 1) if line.strip())
+    return [_prompt(_parsed(line, f"{file}, line {number}"), f"{file}, line {number}") for number, line in lines]
+
+
+def _json_list(file: Path) -> list[str]:
+    entries = _parsed(read_text(file), str(file))
+    if not isinstance(entries, list):
+        raise ValueError(f"{file} holds a {type(entries).__name__}; it must be a list of prompts")
+    return [_prompt(entry, f"{file}, entry {number}") for number, entry in enumerate(entries, 1)]
+
+
+def _table(file: Path) -> list[str]:
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    rows = csv.DictReader(io.StringIO(read_text(file), newline=""), delimiter=delimiter)
+    columns = rows.fieldnames or []
+    column = next((name for name in COLUMNS if name in columns), None)
+    if column is None:
+        raise ValueError(
+            f"{file} has no column {', '.join(COLUMNS)}; its first line has {', '.join(columns) or 'none'}"
+        )
+    prompts = []
+    for number, row in enumerate(rows, 1):
+        if row[column] is None:
+            raise ValueError(f"{file}, row {number} has no {column}")
+        prompts.append(row[column].strip())
+    return prompts
+
+
+def _parsed(text: str, where: str) -> Any:
     try:
-        entry = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
-    text = entry.get("text") if isinstance(entry, dict) else None
+
+
+def _prompt(entry: Any, where: str) -> str:
+    text = next((entry[name] for name in COLUMNS if name in entry), None) if isinstance(entry, dict) else entry
     if isinstance(text, list) and text:
         text = text[0]
     if not isinstance(text, str):
-        raise ValueError(f'{where} has no string under "text"')
+        raise ValueError(f'{where} has no string under "text" or "prompt"')
     return text
+
+
+# By the ending of the file's name.
+READERS: dict[str, Callable[[Path], list[str]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_list,
+    ".csv": _table,
+    ".tsv": _table,
+}

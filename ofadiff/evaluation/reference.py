@@ -67,6 +67,5 @@ class _Resized(Dataset[torch.Tensor]):
         return len(self.files.names)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        with self.files.load(index) as original:
-            image = original.convert("RGB")
+        image = self.files.decoded(index, "RGB")
         return pil_to_tensor(ImageOps.fit(image, (self.width, self.height), Image.Resampling.BICUBIC))

@@ -39,6 +39,7 @@ class TrainingState:
         seconds: Time they took.
         history: Validation losses, {step: {size: loss}}.
         place: Where to read on, of streamed data only.
+        unreadable: Samples so far that could not be read, so that others took their place.
         skeleton: `without_weights` of the supernet, only where FSDP splits its weights over processes. The average is
             then one of each process' shards.
     """
@@ -53,6 +54,7 @@ class TrainingState:
     seconds: float = 0.0
     history: dict[int, dict[float, float]] = field(default_factory=dict)
     place: Place | None = None
+    unreadable: int = 0
     skeleton: Supernet | None = None
 
 
@@ -98,6 +100,7 @@ def save_checkpoint(
         "seconds": state.seconds,
         "history": state.history,
         "place": state.place,
+        "unreadable": state.unreadable,
         "ema_steps": state.ema.optimization_step,
         "optimizer": {key: value for key, value in entries.items() if key not in tensors},
         "param_groups": optimizer["param_groups"],
@@ -147,6 +150,7 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     state.step = saved["step"]
     state.seconds = saved["seconds"]
     state.place = None if saved["place"] is None else tuple(saved["place"])
+    state.unreadable = saved.get("unreadable", 0)
     state.history = {
         int(step): {float(size): loss for size, loss in losses.items()} for step, losses in saved["history"].items()
     }

@@ -19,15 +19,18 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ofadiff.training.data import Images, draw_order, draw_seed
+from ofadiff.data.decoding import decode_image, open_image
+from ofadiff.data.shards import ERROR, KEY, URL, Example, TarShards, decode_column
+from ofadiff.training.data import NAMED, Images, draw_order, draw_seed, reason_of
 from ofadiff.training.text_to_image import TextToImageData, caption_choices, column_path, find_entry
 
-Example = dict[str, Any]
 Place = tuple[int, int, int, int]  # a block of the stream; the epoch, the shard in it and the sample where it begins
 StreamKey = tuple[Example, int, Place]
 
 START: Place = (0, 0, 0, 0)
 SPARES = 64
+# A share of fewer samples than these says little.
+ENOUGH = 100
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ class Stream:
     """The examples of a streaming data set, epoch after epoch without end, shuffled.
 
     Args:
-        dataset: A `datasets.IterableDataset`; it is not shuffled yet.
+        dataset: A `datasets.IterableDataset`, or `TarShards`; it is not shuffled yet.
         seed: Of their order.
         held_out: So many examples, the first of the data set, never come up; see the attribute of that name.
         buffer_size: Examples that are shuffled among each other, and kept in memory.
@@ -100,23 +103,33 @@ class Stream:
             epoch, shard = epoch + 1, 0
 
     def _shard(self, index: int, first: int = 0) -> Iterator[Example]:
-        return itertools.islice(self.dataset.shard(self.dataset.num_shards, index), first, None)
+        return itertools.islice(self._whole_shard(index), first, None)
+
+    def _whole_shard(self, index: int) -> Iterator[Example]:
+        """A shard's examples; where it cannot be read on, the last one says so."""
+        try:
+            yield from self.dataset.shard(self.dataset.num_shards, index)
+        except Exception as error:  # readers raise whatever they like, and would end the run after days
+            yield {URL: f"shard {index}", ERROR: f"shard {index} cannot be read to its end: {reason_of(error)}"}
 
 
 class TextToImageStream(Dataset[dict[str, Any]]):
     """Images and captions of a stream as samples of a batch, which are those of a `TextToImageData`.
 
-    A sample that cannot be read is named in a warning, and one of the first that can be takes its place. What a sample
-    has beside that is `place`, from which the stream can be read on.
+    A sample that cannot be read is named in a warning (the first ones of each process), and one of the first that can
+    be takes its place. What a sample has beside that is `place`, from which the stream can be read on, and
+    `unreadable`, 1 where another took its place.
 
     Args:
-        dataset: A `datasets.IterableDataset`.
+        dataset: A `datasets.IterableDataset`, or `TarShards`.
         image_column: Its column of images.
         caption_column: Its column of captions: strings, or lists of strings; `json.text` is an entry of a column.
         seed: Of the order.
         held_out: As many examples, the first ones, are left for validation.
         buffer_size: As in `Stream`.
-        resolution: As in `TextToImageData`, like all that follow.
+        resolution: As in `TextToImageData`.
+        max_unreadable: The share of samples that may be unreadable before `check_unreadable` raises, in [0, 1].
+        **options: As in `TextToImageData`.
 
     Raises:
         ValueError: If the data set has no such columns, or none of its first samples can be read.
@@ -131,19 +144,26 @@ class TextToImageStream(Dataset[dict[str, Any]]):
         held_out: int,
         buffer_size: int,
         resolution: int,
+        max_unreadable: float = 0.1,
         **options: Any,
     ) -> None:
-        import datasets  # an extra: an image folder needs no more than Pillow
-
+        if not 0 <= max_unreadable <= 1:
+            raise ValueError(f"the largest share of unreadable samples is {max_unreadable}; it must lie in [0, 1]")
         features = dataset.features or {}
-        if not isinstance(features.get(image_column), datasets.Image):
+        if not isinstance(dataset, TarShards):
+            import datasets  # an extra: an image folder needs no more than Pillow
+
+            if isinstance(features.get(image_column), datasets.Image):
+                dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+        if image_column not in features or features[image_column] is False:
             columns = ", ".join(features) or "unknown"
             raise ValueError(f"the data set has no column {image_column!r} of images; its columns: {columns}")
         self.path = column_path(list(features), caption_column)
         self.image_column = image_column
         self.resolution = resolution
         self.options = options
-        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+        self.max_unreadable = max_unreadable
+        self.warnings = 0
         self.stream = Stream(dataset, seed, held_out, buffer_size)
         self.spares = self._readable(self.stream.first(SPARES))
         self._in_memory(self.spares[:1], **options)  # what is wrong with the options is found out now
@@ -157,6 +177,19 @@ class TextToImageStream(Dataset[dict[str, Any]]):
         if not self.stream.held_out:
             return None
         return self._in_memory(self._readable(self.stream.held_out), center_crop=True)
+
+    def check_unreadable(self, count: int, of: int) -> None:
+        """Raises RuntimeError if a larger share of the samples than `max_unreadable` could not be read.
+
+        Args:
+            count: Samples that could not be read.
+            of: Samples that were asked for; nothing is said of fewer than `ENOUGH`.
+        """
+        if of >= ENOUGH and count > self.max_unreadable * of:
+            raise RuntimeError(
+                f"{count} of {of} samples of the stream cannot be read, which is more than {self.max_unreadable:.0%}; "
+                "see the warnings, mend the data, or allow a larger share with --max_unreadable_fraction"
+            )
 
     def batches(
         self, place: Place, steps: range, micro_steps: int, batch_size: int, process: int, processes: int
@@ -175,19 +208,34 @@ class TextToImageStream(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: StreamKey) -> dict[str, Any]:
         example, seed, place = key
-        found = self._decode(example) or self._decode(self.spares[seed % len(self.spares)])
+        own = self._decode(example)
+        found = own or self._decode(self.spares[seed % len(self.spares)])
         assert found is not None  # a spare was read before
         image, captions = found
         data = TextToImageData(Images([""], lambda index: image), [captions], self.resolution, **self.options)
-        return {**data[0, seed], "place": torch.tensor(place)}
+        return {**data[0, seed], "place": torch.tensor(place), "unreadable": int(own is None)}
 
     def _decode(self, example: Example) -> tuple[Image.Image, tuple[str, ...]] | None:
         """The image and its captions; None, with a warning, if there is no such thing."""
         try:
-            return _image(self.image_column, example), caption_choices(find_entry(example, self.path))
+            return self._image(example), self._captions(example)
         except Exception as error:  # decoders raise whatever they like
-            logger.warning("%s cannot be read and is left out: %s", _name(example), " ".join(str(error).split()))
+            self.warnings += 1
+            if self.warnings <= NAMED:
+                last = "; others that follow are counted and no longer named" if self.warnings == NAMED else ""
+                logger.warning("%s cannot be read and is left out: %s%s", _name(example), reason_of(error), last)
             return None
+
+    def _image(self, example: Example) -> Image.Image:
+        value = decode_column(example, self.image_column)
+        if value is None:
+            raise ValueError(f"it has no image {self.image_column!r}")
+        with open_image(value) as image:
+            return decode_image(image)
+
+    def _captions(self, example: Example) -> tuple[str, ...]:
+        column, *inner = self.path
+        return caption_choices(find_entry(decode_column(example, column), inner))
 
     def _readable(self, examples: Sequence[Example]) -> list[Example]:
         readable = [example for example in examples if self._decode(example) is not None]
@@ -199,9 +247,11 @@ class TextToImageStream(Dataset[dict[str, Any]]):
         return readable
 
     def _in_memory(self, examples: Sequence[Example], **options: Any) -> TextToImageData:
-        images = Images([_name(example) for example in examples], functools.partial(_row, self.image_column, examples))
-        captions = [caption_choices(find_entry(example, self.path)) for example in examples]
-        return TextToImageData(images, captions, self.resolution, **options)
+        images = Images([_name(example) for example in examples], functools.partial(self._row, examples))
+        return TextToImageData(images, [self._captions(each) for each in examples], self.resolution, **options)
+
+    def _row(self, examples: Sequence[Example], index: int) -> Image.Image:
+        return self._image(examples[index])
 
 
 class _Batches(IterableDataset[list[StreamKey]]):
@@ -243,14 +293,6 @@ def _as_it_is(keys: list[StreamKey]) -> list[StreamKey]:
 
 
 def _name(example: Example) -> str:
-    return f"{example['__key__']} in {example['__url__']}" if "__key__" in example else "a sample of the stream"
-
-
-def _image(column: str, example: Example) -> Image.Image:
-    import datasets
-
-    return datasets.Image().decode_example(example[column])
-
-
-def _row(column: str, examples: Sequence[Example], index: int) -> Image.Image:
-    return _image(column, examples[index])
+    if KEY in example:
+        return f"{example[KEY]} in {example[URL]}"
+    return str(example.get(URL, "a sample of the stream"))

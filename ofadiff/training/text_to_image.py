@@ -28,6 +28,7 @@ def dataset_captions(dataset: Any, caption_column: str = "text") -> Captions:
         ValueError: If there is no such column, or an image has no caption.
     """
     column, *inner = column_path(dataset.column_names, caption_column)
+    dataset = dataset.with_format(None)
     captions = []
     for row, value in enumerate(dataset[column]):
         try:
@@ -132,8 +133,7 @@ class TextToImageData(Dataset[dict[str, Any]]):
 
     def view(self, index: int, flip: bool, seed: int) -> dict[str, Any]:
         """The sample's `pixel_values` and `time_ids`; the seed picks the square unless it is the middle one."""
-        with self.images.load(index) as original:
-            image = original.convert("RGB")
+        image = self.images.decoded(index, "RGB")
         width, height = image.size
         image = resize(image, self.resolution, InterpolationMode.BILINEAR)
         if flip:

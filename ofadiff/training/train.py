@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ from ofadiff.training.losses import Batch, Prepare, denoising_loss, predict, pre
 from ofadiff.training.sharding import check_sharding, forget_gathered, is_sharded, shard, without_weights
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.stream import START, TextToImageStream, load_stream
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def train(
 
     Raises:
         ValueError: If the strategy is unknown, or the checkpoint is another run's.
-        RuntimeError: If the loss is not finite.
+        RuntimeError: If the loss is not finite, or too many samples of a stream cannot be read.
     """
     sample_size(supernet.sizes, 0, seed, strategy)  # an unknown strategy is an error now, not after the validation
     check_sharding(accelerator, validation_samples)
@@ -191,8 +194,10 @@ def train(
         # Set once: gradient checkpointing runs the forward again in the backward, which must meet the same size.
         supernet.set_size(size)
         step_loss = torch.zeros((), device=device)
+        unreadable = torch.zeros((), device=device)
         for _ in range(micro_steps):
             batch = next(batches)
+            unreadable += batch["unreadable"].sum() if "unreadable" in batch else 0
             torch.manual_seed(int(batch["seeds"][0]))
             inputs = prepare(send_to_device(batch, device))
             with accelerator.accumulate(model):
@@ -216,7 +221,10 @@ def train(
         if "place" in batch:
             state.place = tuple(batch["place"][0].tolist())
 
-        mean_loss = accelerator.reduce(step_loss, "mean").item()
+        mean_loss, mean_unreadable = accelerator.reduce(torch.stack([step_loss, unreadable]), "mean").tolist()
+        state.unreadable += round(mean_unreadable * accelerator.num_processes)
+        if isinstance(train_data, TextToImageStream):
+            train_data.check_unreadable(state.unreadable, state.step * state.run["samples per step"])
         if not math.isfinite(mean_loss):
             raise RuntimeError(f"the loss is {mean_loss} at step {step}, size {size}; try a lower learning rate")
         progress.set_postfix(loss=f"{mean_loss:.4f}", size=size)
@@ -232,6 +240,9 @@ def train(
             save_checkpoint(state, output_dir, checkpoints_total_limit, write=accelerator.is_main_process)
             accelerator.wait_for_everyone()
 
+    if state.unreadable and accelerator.is_main_process:
+        seen = state.step * state.run["samples per step"]
+        logger.warning("%d of %d samples could not be read; others took their place", state.unreadable, seen)
     # Undo what `prepare` did for mixed precision: it wraps the model's forward, and unwrapping leaves an attribute.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     vars(supernet.model).pop("forward", None)
