@@ -60,7 +60,7 @@ class TarShards:
         for index in range(len(self.urls)):
             for _, example in zip(range(LOOKED_AT), self.shard(len(self.urls), index), strict=False):
                 if ERROR in example:
-                    errors.append(example[ERROR])
+                    errors.append(f"{example[URL]} cannot be read: {example[ERROR]}")
                 self.features |= {name: _is_image(name) for name in example if name not in (KEY, URL, ERROR)}
             if self.features:
                 break
@@ -80,7 +80,7 @@ class TarShards:
             with fsspec.open(url, "rb", compression="infer") as file, tarfile.open(fileobj=file, mode="r|") as tar:
                 yield from _examples(tar, url)
         except Exception as error:  # file systems raise whatever they like
-            yield {URL: url, ERROR: f"{url} cannot be read to its end: {' '.join(str(error).split()) or error!r}"}
+            yield {URL: url, ERROR: " ".join(str(error).split()) or type(error).__name__}
 
 
 def decode_column(example: Example, column: str) -> Any:

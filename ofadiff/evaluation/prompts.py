@@ -61,9 +61,8 @@ def _table(file: Path) -> list[str]:
     columns = rows.fieldnames or []
     column = next((name for name in COLUMNS if name in columns), None)
     if column is None:
-        raise ValueError(
-            f"{file} has no column {', '.join(COLUMNS)}; its first line has {', '.join(columns) or 'none'}"
-        )
+        found = ", ".join(columns) or "none"
+        raise ValueError(f"{file} has no column {' or '.join(COLUMNS)}; its first line names {found}")
     prompts = []
     for number, row in enumerate(rows, 1):
         if row[column] is None:

@@ -110,7 +110,7 @@ class Stream:
         try:
             yield from self.dataset.shard(self.dataset.num_shards, index)
         except Exception as error:  # readers raise whatever they like, and would end the run after days
-            yield {URL: f"shard {index}", ERROR: f"shard {index} cannot be read to its end: {reason_of(error)}"}
+            yield {URL: f"shard {index}", ERROR: reason_of(error)}
 
 
 class TextToImageStream(Dataset[dict[str, Any]]):
@@ -223,7 +223,8 @@ class TextToImageStream(Dataset[dict[str, Any]]):
             self.warnings += 1
             if self.warnings <= NAMED:
                 last = "; others that follow are counted and no longer named" if self.warnings == NAMED else ""
-                logger.warning("%s cannot be read and is left out: %s%s", _name(example), reason_of(error), last)
+                what = "to its end" if ERROR in example else "and is left out"
+                logger.warning("%s cannot be read %s: %s%s", _name(example), what, reason_of(error), last)
             return None
 
     def _image(self, example: Example) -> Image.Image:
