@@ -6,7 +6,6 @@ from typing import Any
 from diffusers import ModelMixin as ModelMixin
 
 from ofadiff.allocation import allocate
-from ofadiff.architectures import architectures
 from ofadiff.evaluation import evaluate
 from ofadiff.extracted import extracted_class_by_name
 from ofadiff.importance import score_channels
@@ -19,7 +18,6 @@ __all__ = [
     "OFAPipeline",
     "Supernet",
     "allocate",
-    "architectures",
     "evaluate",
     "find_channel_groups",
     "rotate_attention",

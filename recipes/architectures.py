@@ -10,8 +10,7 @@ from pathlib import Path
 
 import diffusers
 
-from ofadiff import architectures
-from ofadiff.architectures import Architecture
+from ofadiff.architectures import Architecture, architectures
 
 
 def main() -> None:

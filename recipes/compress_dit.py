@@ -11,7 +11,6 @@ works on latents, or a `DDPMPipeline` whose denoiser is a DiT that works on pixe
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,9 @@ import torch
 from accelerate import Accelerator
 from compress_ddpm import load_data
 from compression_run import (
+    AT_LEAST_ZERO,
     PRECISIONS,
+    SHARE,
     Setup,
     begin,
     cannot_load,
@@ -34,6 +35,7 @@ from compression_run import (
     make_noise_scheduler,
     make_supernet,
     run_recipe,
+    save_around,
 )
 from diffusers import (
     AutoencoderKL,
@@ -110,11 +112,11 @@ def set_up(args: argparse.Namespace) -> Setup:
 
     # The frozen parts.
     precision = PRECISIONS[accelerator.mixed_precision]
-    teacher = copy.deepcopy(transformer).to(precision).requires_grad_(False)
+    teacher = copy_in(transformer, precision).requires_grad_(False)
     encode = None
     if vae is not None:
         half = torch.float32 if precision == torch.float16 and vae.config.force_upcast else precision
-        frozen = copy.deepcopy(vae).to(accelerator.device, half).requires_grad_(False).eval()
+        frozen = copy_in(vae, half).to(accelerator.device).requires_grad_(False).eval()
         encode = functools.partial(encode_images, frozen)
 
     # The supernet: rotate, rank, give every size its widths.
@@ -140,12 +142,17 @@ def train_and_save(args: argparse.Namespace, setup: Setup) -> TrainingResult:
 
     # The original pipeline, with the supernet in place of its denoiser.
     if setup.accelerator.is_main_process:
-        denoiser = DENOISERS[type(setup.pipeline)]
-        # Where FSDP split it, training has left another one, which is whole.
-        setup.pipeline.register_modules(**{denoiser: setup.supernet.model})
-        setup.pipeline.save_pretrained(args.output_dir)
-        setup.supernet.save_metadata(Path(args.output_dir) / denoiser)
+        folder = pipeline_folder(args)
+        save_around(DENOISERS[type(setup.pipeline)], setup.supernet.model, folder, Path(args.output_dir), args.variant)
     return finish(args, setup, result)
+
+
+def pipeline_folder(args: argparse.Namespace) -> Path:
+    """The original pipeline's folder; a hub name is in the cache."""
+    name = args.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(DiffusionPipeline.download(name, variant=args.variant, cache_dir=args.cache_dir))
 
 
 def load_pipeline(args: argparse.Namespace) -> Plan:
@@ -196,13 +203,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--train_data_dir", help="folder of images with a subfolder per class")
     add("--label_column", default="label", help="column of integer classes in the data set")
     add("--variant", help="of the original model's weight files, such as fp16")
-    add("--class_dropout_prob", type=float, default=0.1, help="share of labels left out, for guidance")
+    add("--class_dropout_prob", type=SHARE, default=0.1, help="share of labels left out, for guidance")
     add = add_to["watching"]
     add("--num_validation_images", type=count(0), default=8, help="images drawn per size at each validation")
     add("--validation_inference_steps", type=count(1), default=50, help="denoising steps of these images")
     add(
         "--guidance_scale",
-        type=float,
+        type=AT_LEAST_ZERO,
         default=1.0,
         help="of these images; DiTPipeline guides models of 1000 classes only",
     )

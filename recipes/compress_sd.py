@@ -11,7 +11,6 @@ were.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import hashlib
 import json
@@ -23,7 +22,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from compression_run import (
+    AT_LEAST_ZERO,
+    POSITIVE,
     PRECISIONS,
+    SHARE,
     AddTo,
     MakeStudent,
     Setup,
@@ -39,10 +41,12 @@ from compression_run import (
     make_noise_scheduler,
     make_supernet,
     run_recipe,
+    save_around,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin, StableDiffusionPipeline
 from PIL import Image
 
+from ofadiff.training.copies import copy_in
 from ofadiff.training.data import check_images, dataset_images, hold_out, load_dataset_split
 from ofadiff.training.encoder import AUTOENCODERS, TextToImageEncoder, spatial_compression
 from ofadiff.training.families import FAMILIES, Family
@@ -125,12 +129,10 @@ def train_and_save(args: argparse.Namespace, setup: Setup) -> TrainingResult:
     """Joint training, one subnet per step, and the pipeline folder that comes out of it."""
     result = joint_run(args, setup, columns=len(args.validation_prompts or []))
 
-    # The original pipeline, loaded anew in full precision, with the supernet in place of its denoiser.
     if setup.accelerator.is_main_process:
-        folder, name = setup.pipeline.name_or_path, FAMILIES[type(setup.pipeline).__name__].denoiser
-        parts = {**absent_components(folder), name: setup.supernet.model}
-        DiffusionPipeline.from_pretrained(folder, variant=args.variant, **parts).save_pretrained(args.output_dir)
-        setup.supernet.save_metadata(Path(args.output_dir) / name)
+        denoiser = FAMILIES[type(setup.pipeline).__name__].denoiser
+        folder = Path(setup.pipeline.name_or_path)
+        save_around(denoiser, setup.supernet.model, folder, Path(args.output_dir), args.variant)
     return finish(args, setup, result)
 
 
@@ -230,10 +232,9 @@ def freeze(
     pipeline: DiffusionPipeline, denoiser: ModelMixin, precision: torch.dtype
 ) -> tuple[ModelMixin, TextToImageEncoder]:
     """The teacher, and the VAE with the text encoders, in a precision; what float16 is too small for in float32."""
-    teacher, encode = copy.deepcopy(denoiser), TextToImageEncoder(pipeline)
-    if precision != torch.float32:
-        for module in (teacher, *encode.modules):
-            module.to(precision)
+    teacher, encode = copy_in(denoiser, precision), TextToImageEncoder(pipeline)
+    for module in encode.modules:  # whatever dtype each was stored in
+        module.to(precision)
     if precision == torch.float16 and pipeline.vae.config.get("force_upcast"):
         pipeline.vae.to(torch.float32)
     return teacher.requires_grad_(False), encode
@@ -369,7 +370,7 @@ def add_flags(add_to: AddTo) -> None:
     add("--shuffle_buffer_size", type=count(1), default=1000, help="images of a stream that are shuffled, in memory")
     add(
         "--max_unreadable_fraction",
-        type=float,
+        type=SHARE,
         default=0.1,
         help="share of a stream's samples that may be unreadable; with more the run stops",
     )
@@ -378,13 +379,18 @@ def add_flags(add_to: AddTo) -> None:
     add("--center_crop", action="store_true", help="crop the middle of each image; by default a random square")
     add("--cache_dir_latents", help="encode images and captions once and keep them in this folder")
     add = add_to["training"]
-    add("--proportion_empty_prompts", type=float, default=0.1, help="share of captions left out, for guidance")
-    add("--snr_gamma", type=float, help="min-SNR weighting of timesteps with this gamma, such as 5; none by default")
-    add("--noise_offset", type=float, default=0.0, help="size of a random shift of each channel's noise, such as 0.05")
+    add("--proportion_empty_prompts", type=SHARE, default=0.1, help="share of captions left out, for guidance")
+    add("--snr_gamma", type=POSITIVE, help="min-SNR weighting of timesteps with this gamma, such as 5; none by default")
+    add(
+        "--noise_offset",
+        type=AT_LEAST_ZERO,
+        default=0.0,
+        help="size of a random shift of each channel's noise, such as 0.05",
+    )
     add = add_to["watching"]
     add("--validation_prompts", nargs="+", help="prompts drawn at every size at each validation; none by default")
     add("--validation_inference_steps", type=count(1), default=25, help="denoising steps of these images")
-    add("--guidance_scale", type=float, help="of these images; the pipeline's own by default")
+    add("--guidance_scale", type=AT_LEAST_ZERO, help="of these images; the pipeline's own by default")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCardData, create_repo, upload_folder, whoami
 from PIL import Image
+from safetensors import safe_open
 
 from ofadiff import Supernet, allocate, find_channel_groups, rotate_attention, score_channels
 from ofadiff.allocation import BUDGETS, ladders
@@ -35,10 +37,12 @@ from ofadiff.channels import ChannelGroup
 from ofadiff.cost import latency_table
 from ofadiff.importance import CRITERIA
 from ofadiff.latency import LatencyCosts, measure_latency_costs
+from ofadiff.options import check_options
 from ofadiff.reweight import STRATEGIES
 from ofadiff.size_adapter import ADAPTERS_NAME
 from ofadiff.sizes import CONFIG_NAME, SizeTable
-from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint, list_checkpoints
+from ofadiff.training.checkpoint import DENOISER, check_flags, check_same_run, find_checkpoint, list_checkpoints
+from ofadiff.training.copies import copy_in
 from ofadiff.training.data import Samples, fixed_batches
 from ofadiff.training.losses import TARGETS, Prepare, denoising_loss
 from ofadiff.training.sharding import check_sharding, is_sharded
@@ -48,7 +52,26 @@ from ofadiff.training.train import TrainingResult, run_values, train
 
 TrainData = Samples | TextToImageStream
 SampleImages = Callable[[list[torch.Generator]], list[Image.Image]]
+# Weights that a copy leaves out: of a variant (`model.fp16.safetensors`), and in other formats.
+OTHER_WEIGHTS = re.compile(
+    r"(model\.(?!safetensors|bin)[^.]+\.(safetensors|bin))|(\.index\.[^.]+\.json)|(\.(bin|bin\.index\.json|msgpack|ckpt|h5|onnx))$"
+)
+# Processes that fail let the first one speak for so long.
+SECONDS_FOR_THE_FIRST = 5.0
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+# Flags that a resumed run may give anew: they say where things are and what is watched, not what is trained. With
+# another number of steps the learning rate follows the new schedule from the next step on.
+MAY_CHANGE = (
+    *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "config", "max_train_steps"),
+    *("pretrained_model_name_or_path", "teacher_model_name_or_path", "train_data_dir", "dataset_name"),
+    *("dataset_data_files", "cache_dir", "cache_dir_latents", "dataloader_num_workers", "max_unreadable_fraction"),
+    *("train_batch_size", "gradient_accumulation_steps", "importance_batch_size", "gradient_checkpointing"),
+    *("validation_steps", "validation_samples", "validation_prompts", "validation_inference_steps", "guidance_scale"),
+    *("num_validation_images", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
+    *("report_to", "logging_dir", "tracker_project_name", "push_to_hub", "hub_model_id", "offload_ema", "allow_tf32"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,9 +106,20 @@ def run_recipe(
     try:
         setup = set_up(args)
     except (OSError, ValueError) as error:
-        first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one speaks
-        parser.exit(2, f"{parser.prog}: error: {error}\n" if first else None)
+        parser.exit(2, f"{parser.prog}: error: {who_fails()}{error}\n")
     train_and_save(args, setup)
+
+
+def who_fails() -> str:
+    """What stands before the error of one of several processes.
+
+    Where all of them fail alike, the first one speaks and the launcher ends the others; so those wait for a while.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return ""
+    time.sleep(SECONDS_FOR_THE_FIRST)
+    return f"process {rank}: "
 
 
 # Checks, before anything is loaded
@@ -95,7 +129,9 @@ def begin(args: argparse.Namespace) -> Accelerator:
     """Devices, precision and trackers; what can be wrong with the flags alone is found out first."""
     check_output_dir(args)
     check_hub(args)
-    find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_flags(checkpoint, vars(args), MAY_CHANGE)
     return make_accelerator(args)
 
 
@@ -223,7 +259,12 @@ def make_supernet(
     """Rotates, ranks, and gives every size its widths; or takes all that from the checkpoint to resume from."""
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
-        check_same_run(checkpoint, run_values(accelerator, train_data, args.train_batch_size, args.seed, args.reweight))
+        check_same_run(
+            checkpoint,
+            run_values(
+                accelerator, train_data, args.train_batch_size, args.seed, args.reweight, strategy_options(args)
+            ),
+        )
         supernet = Supernet.from_pretrained(checkpoint / DENOISER)
         check_same_sizes(args, supernet, checkpoint)
         accelerator.print(f"Resuming from {checkpoint}")
@@ -238,9 +279,12 @@ def make_supernet(
         scores = score(args, unet, groups, train_data, prepare, accelerator)
         subnets = allocate(unet, groups, scores, args.sizes, args.budget, args.min_keep, latencies=latencies)
         supernet = Supernet(unet, groups, scores, subnets, provenance=provenance(args))
-        if latencies is not None and accelerator.is_main_process:
-            measured = latency_table(supernet, dtype=PRECISIONS[accelerator.mixed_precision])
-            print(latency_rows(subnets, measured), end="\n\n")
+        if latencies is not None:
+            accelerator.wait_for_everyone()  # nobody works beside it
+            if accelerator.is_main_process:
+                measured = latency_table(supernet, dtype=PRECISIONS[accelerator.mixed_precision])
+                print(latency_rows(subnets, measured), end="\n\n")
+            accelerator.wait_for_everyone()
     accelerator.print(size_table(supernet))
     return supernet, checkpoint
 
@@ -250,13 +294,10 @@ def measure_latency(
 ) -> LatencyCosts:
     """What groups cost in time, in the precision of the run; one process measures for all."""
     measured: list[LatencyCosts | None] = [None]
+    accelerator.wait_for_everyone()  # nobody works beside it
     if accelerator.is_main_process:
-        precision = PRECISIONS[accelerator.mixed_precision]
-        measured = [
-            measure_latency_costs(
-                copy.deepcopy(unet).to(accelerator.device, precision).eval(), groups, ladders(groups, args.min_keep)
-            )
-        ]
+        timed = copy_in(unet, PRECISIONS[accelerator.mixed_precision]).to(accelerator.device).eval()
+        measured = [measure_latency_costs(timed, groups, ladders(groups, args.min_keep))]
     return broadcast_object_list(measured)[0]
 
 
@@ -268,30 +309,60 @@ def score(
     prepare: Prepare,
     accelerator: Accelerator,
 ) -> dict[str, torch.Tensor]:
-    """Importance of every unit: each process takes its share of the samples, and all get the mean."""
+    """Importance of every unit: each process takes its share of the samples, and all get the mean over all samples."""
     unet.to(accelerator.device)
-    share = accelerator.process_index, accelerator.num_processes
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    options = criterion_options(args)
+    # A threshold is a share of the largest loss of all: then every process looks at all samples.
+    alone = bool(options.get("loss_threshold"))
+    share = (0, 1) if alone else (accelerator.process_index, accelerator.num_processes)
     batch_size = args.importance_batch_size or args.train_batch_size
     data = train_data.first(args.importance_samples) if isinstance(train_data, TextToImageStream) else train_data
     batches = fixed_batches(data, args.importance_samples, batch_size, args.seed, "importance", *share)
+    samples = len(range(args.importance_samples)[share[0] :: share[1]])
     # bfloat16 ranks as float32 does; float16's gradients would need scaling.
     half = accelerator.mixed_precision == "bf16"
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
-        scores = score_channels(
-            unet,
-            groups,
-            (send_to_device(batch, accelerator.device) for batch in batches),
-            functools.partial(denoising_loss, prepare=prepare),
-            args.criterion,
-        )
-    means = accelerator.reduce(send_to_device(scores, accelerator.device), "mean")
-    return {name: mean.cpu() for name, mean in means.items()}
+    scores = {group.name: torch.zeros(group.width) for group in groups}
+    if samples:
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
+            scores = score_channels(
+                unet,
+                groups,
+                (send_to_device(batch, accelerator.device) for batch in batches),
+                functools.partial(denoising_loss, prepare=prepare),
+                args.criterion,
+                **options,
+            )
+    if alone or accelerator.num_processes == 1:
+        return scores
+    sums = {name: score * samples for name, score in scores.items()}
+    counts = torch.tensor(float(samples), device=accelerator.device)
+    sums = accelerator.reduce(send_to_device(sums, accelerator.device), "sum")
+    total = accelerator.reduce(counts, "sum")
+    return {name: (summed / total).cpu() for name, summed in sums.items()}
+
+
+def criterion_options(args: argparse.Namespace) -> dict[str, float]:
+    """Options of the criterion that were asked for. Raises ValueError if it does not take them."""
+    threshold = args.importance_loss_threshold
+    options = {} if threshold is None else {"loss_threshold": threshold}
+    check_options(f"--criterion {args.criterion}", CRITERIA[args.criterion], options)
+    return options
+
+
+def strategy_options(args: argparse.Namespace) -> dict[str, float]:
+    """Options of the strategy that were asked for. Raises ValueError if it does not take them."""
+    options = {} if args.reweight_m is None else {"m": args.reweight_m}
+    check_options(f"--reweight {args.reweight}", STRATEGIES[args.reweight], options)
+    return options
 
 
 def provenance(args: argparse.Namespace) -> dict[str, object]:
     """What the checkpoint remembers of how it was made."""
     keys = ("criterion", "importance_samples", "rotate", "reweight", "max_train_steps", "seed")
-    return {"teacher": args.pretrained_model_name_or_path, **{key: getattr(args, key) for key in keys}}
+    values = {"teacher": args.pretrained_model_name_or_path, **{key: getattr(args, key) for key in keys}}
+    return {**values, **criterion_options(args), **strategy_options(args)}
 
 
 def make_optimizer(args: argparse.Namespace, supernet: Supernet | SingleSize) -> torch.optim.Optimizer:
@@ -337,6 +408,8 @@ def joint_run(args: argparse.Namespace, setup: Setup, columns: int) -> TrainingR
         train_batch_size=args.train_batch_size,
         seed=args.seed,
         strategy=args.reweight,
+        strategy_options=strategy_options(args),
+        flags=json.loads(json.dumps(vars(args), default=str)),
         teacher=setup.teacher if args.distill_weight or args.feature_distill_weight else None,
         distill_weight=args.distill_weight,
         feature_distill_weight=args.feature_distill_weight,
@@ -373,6 +446,60 @@ def draw_samples(args: argparse.Namespace, setup: Setup, columns: int, step: int
             tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step, dataformats="NHWC")
         elif tracker.name == "wandb":
             tracker.log_images({"samples": [grid]}, step)
+
+
+# What is saved
+
+
+def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Path, variant: str | None = None) -> None:
+    """Writes the original pipeline with another denoiser; every other component stays what it was, byte for byte.
+
+    Where that cannot be (files of a variant, or no safetensors), it is loaded in the dtype that it is stored in and
+    saved.
+
+    Args:
+        denoiser_name: The component that is replaced.
+        denoiser: What takes its place.
+        folder: Of the original pipeline.
+        out: To write to.
+        variant: Of the original's files.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    denoiser.save_pretrained(out / denoiser_name)
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name != denoiser_name]
+    for name in parts:
+        weights = [path for path in (folder / name).glob("*") if path.suffix in (".safetensors", ".bin")]
+        if not weights or (variant is None and any(path.suffix == ".safetensors" for path in weights)):
+            copy_component(folder / name, out / name)
+        else:
+            others = {other: None for other in index if isinstance(index[other], list) and other != name}
+            dtype = stored_dtype(weights)
+            part = DiffusionPipeline.from_pretrained(folder, variant=variant, torch_dtype=dtype, **others)
+            part.components[name].save_pretrained(out / name)
+    library = type(denoiser).__module__.partition(".")[0]
+    index[denoiser_name] = [library, type(denoiser).__name__]
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_component(folder: Path, out: Path) -> None:
+    """Copies a component's folder, without weights of variants and of other formats than safetensors."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in folder.rglob("*"):
+        known = OTHER_WEIGHTS.search(path.name) is None and not path.name.startswith(".")
+        if path.is_file() and known:
+            target = out / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def stored_dtype(weights: Sequence[Path]) -> torch.dtype:
+    """The floating-point dtype of weights in safetensors files; float32 for other files."""
+    for path in weights:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+            return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+    return torch.float32
 
 
 # The report
@@ -545,6 +672,30 @@ def _count(text: str, minimum: int) -> int:
     return int(text)
 
 
+def number(low: float, high: float = math.inf, ends: str = "[]") -> Callable[[str], float]:
+    """An argument type: a finite number from `low` to `high`; round brackets in `ends` leave an end out."""
+    return functools.partial(_number, low=low, high=high, ends=ends)
+
+
+def _number(text: str, low: float, high: float, ends: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    inside = low <= value <= high and not (ends[0] == "(" and value == low) and not (ends[1] == ")" and value == high)
+    if not inside or not math.isfinite(value):
+        beyond = f"of at least {low:g}" if ends[0] == "[" else f"greater than {low:g}"
+        where = beyond if high == math.inf else f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {where}")
+    return value
+
+
+POSITIVE = number(0, ends="(]")
+AT_LEAST_ZERO = number(0)
+SHARE = number(0, 1)
+BELOW_ONE = number(0, 1, "[)")
+
+
 def size(text: str) -> float:
     """An argument type: a fraction in (0, 1]."""
     try:
@@ -573,13 +724,18 @@ def compression_parser(description: str) -> tuple[argparse.ArgumentParser, AddTo
     add("--budget", choices=BUDGETS, default="params", help="what a size is a fraction of")
     add(
         "--min_keep",
-        type=float,
+        type=SHARE,
         default=0.25,
         help="smallest share of its channels that a layer keeps; 0 drops what would keep under a quarter",
     )
     add("--criterion", choices=sorted(CRITERIA), default="taylor", help="how channels are ranked")
     add("--importance_samples", type=count(1), default=1024, help="noisy images that the ranking looks at")
     add("--importance_batch_size", type=count(1), help="of them per device and forward; --train_batch_size by default")
+    add(
+        "--importance_loss_threshold",
+        type=BELOW_ONE,
+        help="of the criterion taylor: leave out images whose loss is under this share of the largest; 0 by default",
+    )
     add(
         "--rotate",
         action=argparse.BooleanOptionalAction,
@@ -588,7 +744,13 @@ def compression_parser(description: str) -> tuple[argparse.ArgumentParser, AddTo
     )
     add = adders["training"]
     add("--reweight", choices=sorted(STRATEGIES), default="linear", help="how the size of each step is drawn")
-    add("--learning_rate", type=float, default=1e-4, help="of AdamW, after warm-up")
+    add(
+        "--reweight_m",
+        type=POSITIVE,
+        help="of linear (equation 6): how many times more often the smallest size is drawn than the largest; 3 if not "
+        "given",
+    )
+    add("--learning_rate", type=POSITIVE, default=1e-4, help="of AdamW, after warm-up")
     return parser, adders
 
 
@@ -621,13 +783,13 @@ def common_parser(description: str, model: str, output: str) -> tuple[argparse.A
     add("--image_column", default="image", help="its column of images")
     add("--cache_dir", help="where what comes from the hub is kept")
     add("--random_flip", action="store_true", help="mirror half of the training images")
-    add("--validation_fraction", type=float, default=0.1, help="share of the images held out for validation")
+    add("--validation_fraction", type=BELOW_ONE, default=0.1, help="share of the images held out for validation")
     add("--dataloader_num_workers", type=count(0), default=0, help="processes that load images")
     add("--output_dir", required=True, help=output)
 
     add = adders["training"]
-    add("--distill_weight", type=float, default=1.0, help="weight of the distance to the teacher's prediction")
-    add("--feature_distill_weight", type=float, default=0.0, help="weight of the distance to its block outputs")
+    add("--distill_weight", type=AT_LEAST_ZERO, default=1.0, help="weight of the distance to the teacher's prediction")
+    add("--feature_distill_weight", type=AT_LEAST_ZERO, default=0.0, help="weight of the distance to its block outputs")
     add("--max_train_steps", type=count(0), default=10_000, help="optimizer steps; 0 only cuts")
     add("--train_batch_size", type=count(1), default=16, help="images per device and forward")
     add("--gradient_accumulation_steps", type=count(1), default=1, help="forwards per optimizer step")
@@ -637,12 +799,17 @@ def common_parser(description: str, model: str, output: str) -> tuple[argparse.A
     add("--lr_scheduler", choices=("cosine", "constant_with_warmup"), default="cosine", help="learning rate over time")
     add("--lr_warmup_steps", type=count(0), default=100, help="steps over which the learning rate rises")
     add("--use_8bit_adam", action="store_true", help="keep AdamW's moments in 8 bits; needs bitsandbytes")
-    add("--adam_beta1", type=float, default=0.9, help="of AdamW")
-    add("--adam_beta2", type=float, default=0.999, help="of AdamW")
-    add("--adam_weight_decay", type=float, default=0.0, help="of AdamW; decays channels on steps that do not use them")
-    add("--adam_epsilon", type=float, default=1e-8, help="of AdamW")
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    add("--ema_decay", type=float, default=0.9999, help="largest decay of the average of the weights")
+    add("--adam_beta1", type=BELOW_ONE, default=0.9, help="of AdamW")
+    add("--adam_beta2", type=BELOW_ONE, default=0.999, help="of AdamW")
+    add(
+        "--adam_weight_decay",
+        type=AT_LEAST_ZERO,
+        default=0.0,
+        help="of AdamW; decays channels on steps that do not use them",
+    )
+    add("--adam_epsilon", type=POSITIVE, default=1e-8, help="of AdamW")
+    add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm")
+    add("--ema_decay", type=BELOW_ONE, default=0.9999, help="largest decay of the average of the weights")
     add("--offload_ema", action="store_true", help="keep that average in main memory; slower")
     add("--seed", type=int, default=0, help="of sizes, images and noise")
 
@@ -651,7 +818,11 @@ def common_parser(description: str, model: str, output: str) -> tuple[argparse.A
     add("--validation_samples", type=count(1), default=512, help="noisy images of a validation")
     add("--checkpointing_steps", type=count(1), default=1000, help="steps between checkpoints")
     add("--checkpoints_total_limit", type=count(1), help="how many checkpoints are kept; all by default")
-    add("--resume_from_checkpoint", help="a checkpoint folder, or 'latest': the newest in the output folder, if any")
+    add(
+        "--resume_from_checkpoint",
+        help="a checkpoint folder, its name in the output folder, or 'latest': the newest there, if any; what is "
+        "trained must be asked for as before",
+    )
     add("--report_to", default="none", help="tracker: tensorboard, wandb, … or none")
     add("--logging_dir", default="logs", help="the tracker's folder, inside the output folder")
     add("--tracker_project_name", default="ofadiff", help="the tracker's project")

@@ -24,6 +24,7 @@ import compress_sd
 import torch
 from accelerate import Accelerator, DistributedType
 from compression_run import (
+    POSITIVE,
     PRECISIONS,
     AddTo,
     Setup,
@@ -34,11 +35,12 @@ from compression_run import (
     joint_run,
     loss_table,
     run_recipe,
+    save_around,
     size,
     size_table,
     upload,
 )
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 
 from ofadiff import find_channel_groups
 from ofadiff.basis import load_basis
@@ -122,7 +124,7 @@ def train_and_save(args: argparse.Namespace, setup: Setup) -> TrainingResult:
                 copy_pipeline(folder, out)
             save_size_adapter(SizeAdapter.from_model(model), out / "unet", args.size)
         else:
-            DiffusionPipeline.from_pretrained(folder, variant=args.variant, unet=model).save_pretrained(out)
+            save_around("unet", model, folder, out, args.variant)
         upload(args)
     accelerator.print(loss_table(result))
     what = f"has an adapter of size {args.size:g}" if args.lora_rank else f"is size {args.size:g}, a plain pipeline"
@@ -296,7 +298,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what is trained").add_argument
     add("--size", type=size_or_name, required=True, help="one of the checkpoint's sizes, or smallest, largest")
     add("--lora_rank", type=count(1), help="train a LoRA of this rank; by default all weights of the extracted subnet")
-    add("--lora_alpha", type=float, help="its scale times its rank; --lora_rank by default")
+    add("--lora_alpha", type=POSITIVE, help="its scale times its rank; --lora_rank by default")
     add(
         "--lora_target_modules",
         nargs="+",
@@ -305,7 +307,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_to["training"](
         "--learning_rate",
-        type=float,
+        type=POSITIVE,
         help="of AdamW, after warm-up; by default 1e-4 for a LoRA, whose few weights begin without effect, and 2e-5 "
         "for a whole subnet, which joint training has left close to where it shall go",
     )
@@ -315,6 +317,7 @@ def make_parser() -> argparse.ArgumentParser:
         tracker_project_name="ofadiff-finetune",
         max_train_steps=20_000,
         reweight="uniform",  # of one size
+        reweight_m=None,
         validation_fraction=None,
     )
     return parser

@@ -9,17 +9,16 @@ import torch
 from torch import nn
 
 from ofadiff.channels import ChannelGroup
-from ofadiff.importance.magnitude import magnitude
-from ofadiff.importance.random import random
-from ofadiff.importance.taylor import taylor
+from ofadiff.importance import magnitude, random, taylor
+from ofadiff.options import check_options
 
 __all__ = ["CRITERIA", "score_channels"]
 
 # A new criterion is one file and one line here: `criterion(model, groups, batches, loss_fn, **options)`.
 CRITERIA: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
-    "taylor": taylor,
-    "magnitude": magnitude,
-    "random": random,
+    "taylor": taylor.taylor,
+    "magnitude": magnitude.magnitude,
+    "random": random.random,
 }
 
 
@@ -45,11 +44,12 @@ def score_channels(
         For every group its scores, shape `(width,)`, float32, larger is more important.
 
     Raises:
-        ValueError: If the criterion is unknown, or needs batches and a loss and gets none.
+        ValueError: If the criterion is unknown, takes no such option, or needs batches and a loss and gets none.
 
     Example:
         >>> scores = score_channels(unet, groups, batches, loss_fn, criterion="taylor")
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion is {criterion!r}; it must be one of {', '.join(sorted(CRITERIA))}")
+    check_options(f"criterion {criterion!r}", CRITERIA[criterion], options)
     return CRITERIA[criterion](model, groups, batches, loss_fn, **options)

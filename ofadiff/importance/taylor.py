@@ -155,8 +155,7 @@ class _OutputHook:
         bias = layer.bias
         if bias is not None and channel_dim == 1:
             bias = bias.view(-1, *[1] * (output.ndim - 2))
-        output.register_hook(_Product(self.products, self.key, output.detach(), channel_dim, bias))
-        return output
+        return _Product.apply(output, bias, channel_dim, self.products, self.key)
 
 
 class _InputHook:
@@ -165,29 +164,36 @@ class _InputHook:
 
     def __call__(self, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         # A private alias: its gradient comes through this layer alone, whoever else reads the same tensor.
-        alias = args[0].view_as(args[0]) if args[0].requires_grad else args[0].detach().requires_grad_()
-        channel_dim = _channel_dim(layer)
-        alias.register_hook(_Product(self.products, self.key, alias.detach(), channel_dim))
-        return (alias, *args[1:])
+        alias = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+        return (_Product.apply(alias, None, _channel_dim(layer), self.products, self.key), *args[1:])
 
 
-class _Product:
-    """Adds Σ_p (value − bias) · gradient to a sum of shape `(rows, channels)` when the gradient arrives."""
+class _Product(torch.autograd.Function):
+    """The identity; its backward adds Σ_p (value − bias) · gradient to a sum of shape `(rows, channels)`.
 
-    def __init__(
-        self,
+    The value is saved as autograd saves its own, so gradient checkpointing drops it and computes it anew.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        channel_dim: int,
         products: dict[tuple[str, str], torch.Tensor],
         key: tuple[str, str],
-        value: torch.Tensor,
-        channel_dim: int,
-        bias: torch.Tensor | None = None,
-    ) -> None:
-        self.products, self.key, self.value, self.channel_dim, self.bias = products, key, value, channel_dim, bias
+    ) -> torch.Tensor:
+        ctx.save_for_backward(value)
+        ctx.bias, ctx.channel_dim, ctx.products, ctx.key = bias, channel_dim, products, key
+        return value.view_as(value)
 
-    def __call__(self, gradient: torch.Tensor) -> None:
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (value,) = ctx.saved_tensors
         # The bias is taken off only now, so that nothing but the activation is held until the backward.
-        value = self.value if self.bias is None else self.value - self.bias
+        value = value if ctx.bias is None else value - ctx.bias
         product = value.float() * gradient.float()
-        positions = [dim for dim in range(1, product.ndim) if dim != self.channel_dim % product.ndim]
+        positions = [dim for dim in range(1, product.ndim) if dim != ctx.channel_dim % product.ndim]
         total = product.sum(positions) if positions else product
-        self.products[self.key] = self.products[self.key] + total if self.key in self.products else total
+        ctx.products[ctx.key] = ctx.products[ctx.key] + total if ctx.key in ctx.products else total
+        return gradient, None, None, None, None

@@ -104,6 +104,11 @@ class OFAPipeline:
         custom = kwargs.get("custom_pipeline") is not None
         loader = DiffusionPipeline if custom else _stock_pipeline_class(directory, denoiser)
         pipeline = loader.from_pretrained(directory, **{name: denoiser}, **kwargs)
+        if dtype is None:
+            # diffusers loads its own models in float32 then, transformers its own in the dtype that they are stored in.
+            for part in pipeline.components.values():
+                if isinstance(part, torch.nn.Module):
+                    torch.nn.Module.float(part)
         return _mix_in_sizes(pipeline, name, None if size is None else subnets.only(size))
 
     @classmethod

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ofadiff.reweight.linear import linear
-from ofadiff.reweight.sandwich import sandwich
-from ofadiff.reweight.uniform import uniform
+from ofadiff.options import check_options
+from ofadiff.reweight import linear, sandwich, uniform
 
 __all__ = ["STRATEGIES", "sample_size"]
 
 # A new strategy is one file and one line here.
 STRATEGIES: dict[str, Callable[..., float]] = {
-    "linear": linear,
-    "uniform": uniform,
-    "sandwich": sandwich,
+    "linear": linear.linear,
+    "uniform": uniform.uniform,
+    "sandwich": sandwich.sandwich,
 }
 
 
@@ -32,7 +31,7 @@ def sample_size(sizes: Iterable[float], step: int, seed: int, strategy: str = "l
         **options: Of the strategy; `linear` takes `m`.
 
     Raises:
-        ValueError: If the strategy is unknown, or there are no sizes.
+        ValueError: If the strategy is unknown or takes no such option, or there are no sizes.
 
     Example:
         >>> sample_size((0.5, 1.0), step=0, seed=0, strategy="sandwich")
@@ -40,6 +39,7 @@ def sample_size(sizes: Iterable[float], step: int, seed: int, strategy: str = "l
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown reweighting strategy {strategy!r}; accepted: {', '.join(STRATEGIES)}")
+    check_options(f"strategy {strategy!r}", STRATEGIES[strategy], options)
     ascending = sorted(sizes)
     if not ascending:
         raise ValueError("there are no sizes to draw from")

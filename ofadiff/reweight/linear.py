@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -21,7 +22,12 @@ def linear(sizes: Sequence[float], step: int, seed: int, m: float = 3.0) -> floa
         step: The optimizer step, from 0.
         seed: The run's seed.
         m: How many times more often the smallest size is drawn than the largest.
+
+    Raises:
+        ValueError: If m is not positive and finite.
     """
-    if m <= 0:
-        raise ValueError(f"m is {m}; it must be positive: the weight of the smallest size, where the largest has 1")
+    if not 0 < m < math.inf:
+        raise ValueError(
+            f"m is {m}; it must be positive and finite: the weight of the smallest size, where the largest has 1"
+        )
     return random.Random(f"{seed} {step}").choices(sizes, weights=linear_weights(len(sizes), m))[0]

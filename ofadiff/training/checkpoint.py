@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,15 @@ from ofadiff.training.stream import Place
 
 DENOISER = "denoiser"
 
+# What an optimizer is made with. The learning rate is that at the start; the scheduler changes the other one.
+SETTINGS = {
+    "initial_lr": "learning rate",
+    "betas": "betas",
+    "eps": "epsilon",
+    "weight_decay": "weight decay",
+    "momentum": "momentum",
+}
+
 
 @dataclass
 class TrainingState:
@@ -35,6 +44,7 @@ class TrainingState:
         lr_scheduler: The optimizer's learning rate.
         scaler: Gradient scaler, in float16 only.
         run: Plain values on which the order of sizes, samples and noise depends; a resumed run must have the same.
+        flags: Plain values that whoever runs this was asked for; a checkpoint keeps them, and `check_flags` reads them.
         step: Optimizer steps made.
         seconds: Time they took.
         history: Validation losses, {step: {size: loss}}.
@@ -50,6 +60,7 @@ class TrainingState:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None = None
     run: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
     history: dict[int, dict[float, float]] = field(default_factory=dict)
@@ -96,6 +107,7 @@ def save_checkpoint(
     save_file(tensors, unfinished / "optimizer.safetensors")
     rest = {
         "run": state.run,
+        "flags": state.flags,
         "step": state.step,
         "seconds": state.seconds,
         "history": state.history,
@@ -121,10 +133,12 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     """Brings a freshly built state to where the checkpoint was written.
 
     Raises:
-        ValueError: If this is no checkpoint, or one of another run: other sizes, widths, order of channels, seed, ….
+        ValueError: If this is no checkpoint, or one of another run: other sizes, widths, order of channels, seed,
+            learning rate, weight decay, ….
     """
     checkpoint = Path(checkpoint)
     check_same_run(checkpoint, state.run)
+    _check_optimizer(checkpoint, state.optimizer)
     if isinstance(state.supernet, SingleSize):
         state.supernet.load(checkpoint / DENOISER)
     else:
@@ -166,6 +180,35 @@ def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
         _check(Path(checkpoint), name, saved.get(name), run.get(name))
 
 
+def check_flags(checkpoint: str | Path, flags: Mapping[str, Any], may_change: Collection[str]) -> None:
+    """Raises ValueError if a run was asked for something else than the one that wrote a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint's folder; older ones have kept no flags.
+        flags: What the run is asked for.
+        may_change: Those that do not decide what is trained, or that hold from the next step on.
+    """
+    path = Path(checkpoint) / "state.json"
+    saved = json.loads(path.read_text()).get("flags", {}) if path.is_file() else {}
+    for name in sorted(saved.keys() & flags.keys() - set(may_change)):
+        given = json.loads(json.dumps(flags[name], default=str))
+        if saved[name] != given:
+            raise ValueError(
+                f"cannot resume from {checkpoint}: its --{name} is {saved[name]}, not {given}; a resumed run is the "
+                f"same run, only these may change: {', '.join(sorted(may_change))}"
+            )
+
+
+def _check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError if an optimizer was made with other settings than the checkpoint's, which replace them."""
+    saved = json.loads((checkpoint / "state.json").read_text())["param_groups"]
+    for theirs, ours in zip(saved, optimizer.param_groups, strict=True):
+        for name in SETTINGS:
+            if name in theirs and name in ours:
+                value = list(ours[name]) if isinstance(ours[name], tuple) else ours[name]
+                _check(checkpoint, SETTINGS[name], theirs[name], value)
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints in a folder, by step."""
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
@@ -178,7 +221,7 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
 
     Args:
         output_dir: The run's folder.
-        resume: `"latest"`, a checkpoint's folder, or None.
+        resume: `"latest"`, a checkpoint's folder or its name in the run's folder, or None.
 
     Returns:
         None where `resume` is, and for `"latest"` where there is none yet.
@@ -190,9 +233,14 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
         return None
     if resume == "latest":
         return next(reversed(list_checkpoints(output_dir)), None)
-    if not (Path(resume) / "state.json").is_file():
-        raise ValueError(f"{resume} is not a checkpoint to resume from; expected a checkpoint-N folder, or 'latest'")
-    return Path(resume)
+    for checkpoint in (Path(output_dir) / resume, Path(resume)):
+        if (checkpoint / "state.json").is_file():
+            return checkpoint
+    known = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+    raise ValueError(
+        f"{resume} is not a checkpoint to resume from; expected a checkpoint-N folder, or 'latest'; in {output_dir} "
+        f"there is {known}"
+    )
 
 
 def whole_supernet(state: TrainingState, keep: bool = True) -> Supernet | SingleSize:

@@ -7,6 +7,7 @@ another function that it is given.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,7 +112,13 @@ SNR_DIVISORS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def min_snr_weight(noise_scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
-    """Weight of each sample's loss, `(N,)`: min(SNR, γ) in terms of x0 (Hang et al., arXiv 2303.09556)."""
+    """Weight of each sample's loss, `(N,)`: min(SNR, γ) in terms of x0 (Hang et al., arXiv 2303.09556).
+
+    Raises:
+        ValueError: If γ is not positive and finite: all weights would be zero, or SNR alone.
+    """
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"snr_gamma is {gamma}; it must be positive and finite, such as 5")
     snr = compute_snr(noise_scheduler, timesteps)
     return snr.clamp(max=gamma) / SNR_DIVISORS[noise_scheduler.config.prediction_type](snr)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ofadiff.supernet import Supernet
 from ofadiff.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint, whole_supernet
 from ofadiff.training.data import Samples, fixed_batches, load_batches, step_batches
 from ofadiff.training.distill import block_outputs, distillation_loss
-from ofadiff.training.losses import Batch, Prepare, denoising_loss, predict, prediction_loss
+from ofadiff.training.losses import Batch, Prepare, predict, prediction_loss
 from ofadiff.training.sharding import check_sharding, forget_gathered, is_sharded, shard, without_weights
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.stream import START, TextToImageStream, load_stream
@@ -62,6 +63,8 @@ def train(
     train_batch_size: int,
     seed: int = 0,
     strategy: str = "linear",
+    strategy_options: Mapping[str, float] | None = None,
+    flags: Mapping[str, Any] | None = None,
     teacher: nn.Module | None = None,
     distill_weight: float = 1.0,
     feature_distill_weight: float = 0.0,
@@ -95,6 +98,8 @@ def train(
         train_batch_size: Samples per process and micro-step.
         seed: Of sizes, samples and noise.
         strategy: How sizes are drawn, a name of `ofadiff.reweight.STRATEGIES`.
+        strategy_options: What the strategy takes, such as `m` of `"linear"`.
+        flags: JSON values that checkpoints keep: what whoever calls this was asked for.
         teacher: The original denoiser, or None for no distillation.
         distill_weight: Of the distance to the teacher's prediction.
         feature_distill_weight: Of the relative distance to the outputs of the teacher's blocks.
@@ -114,7 +119,9 @@ def train(
         ValueError: If the strategy is unknown, or the checkpoint is another run's.
         RuntimeError: If the loss is not finite, or too many samples of a stream cannot be read.
     """
-    sample_size(supernet.sizes, 0, seed, strategy)  # an unknown strategy is an error now, not after the validation
+    drawing: dict[str, Any] = {"seed": seed, "strategy": strategy, **(strategy_options or {})}
+    draw_size: Callable[[int], float] = functools.partial(sample_size, supernet.sizes, **drawing)
+    draw_size(0)  # an unknown strategy is an error now, not after the validation
     check_sharding(accelerator, validation_samples)
     skeleton = None
     if is_sharded(accelerator):
@@ -143,29 +150,32 @@ def train(
         optimizer,
         lr_scheduler,
         accelerator.scaler,
-        run_values(accelerator, train_data, train_batch_size, seed, strategy),
+        run_values(accelerator, train_data, train_batch_size, seed, strategy, strategy_options),
+        flags=dict(flags or {}),
         skeleton=skeleton,
     )
     if resume_from is not None:
         load_checkpoint(state, resume_from)
 
-    validation_batches: list[Batch] = []
+    validation_batches: Iterable[Batch] = ()
     teacher_loss = None
     if validation_data is not None:
-        loader = fixed_batches(validation_data, validation_samples, train_batch_size, seed, "validation", *share)
-        validation_batches = list(loader)
+        # Images are decoded anew at every validation: kept, they would fill the memory of a large model's run.
+        validation_batches = fixed_batches(
+            validation_data, validation_samples, train_batch_size, seed, "validation", *share
+        )
         if teacher is not None:
             with accelerator.autocast():
                 teacher_loss = validation_loss(teacher, validation_batches, prepare, accelerator)
+            check_finite(teacher_loss, "the teacher's validation loss")
 
     def validate(step: int) -> None:
         supernet.model.eval()
         with averaged_weights(ema, trained, supernet.model):
-            if validation_batches:
-                losses = {}
-                for size in supernet.sizes:
-                    with supernet.at(size):
-                        losses[size] = validation_loss(supernet.model, validation_batches, prepare, accelerator)
+            if validation_data is not None:
+                losses = validation_losses(supernet, validation_batches, prepare, accelerator)
+                for size, loss in losses.items():
+                    check_finite(loss, f"the validation loss of size {size:g} at step {step}")
                 state.history[step] = losses
                 accelerator.log({f"validation_loss/{size:g}": loss for size, loss in losses.items()}, step)
             if on_validation is not None:
@@ -190,7 +200,7 @@ def train(
     supernet.model.train()
     for step in progress:
         step_started = time.perf_counter()
-        size = sample_size(supernet.sizes, step, seed, strategy)
+        size = draw_size(step)
         # Set once: gradient checkpointing runs the forward again in the backward, which must meet the same size.
         supernet.set_size(size)
         step_loss = torch.zeros((), device=device)
@@ -255,26 +265,59 @@ def train(
 
 
 def run_values(
-    accelerator: Accelerator, train_data: Samples | TextToImageStream, train_batch_size: int, seed: int, strategy: str
+    accelerator: Accelerator,
+    train_data: Samples | TextToImageStream,
+    train_batch_size: int,
+    seed: int,
+    strategy: str,
+    strategy_options: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """What decides the sizes, samples and noise of every step: a resumed run must have the same."""
     return {
         "seed": seed,
         "strategy": strategy,
+        **(strategy_options or {}),
         "samples per step": accelerator.gradient_accumulation_steps * accelerator.num_processes * train_batch_size,
         "training images": str(train_data.stream) if isinstance(train_data, TextToImageStream) else len(train_data),
     }
 
 
-@torch.no_grad()
+def check_finite(loss: float, what: str) -> None:
+    """Raises RuntimeError for a loss that is no number."""
+    if not math.isfinite(loss):
+        raise RuntimeError(f"{what} is {loss}; the weights or the inputs are out of range, or so is the precision")
+
+
 def validation_loss(model: nn.Module, batches: Iterable[Batch], prepare: Prepare, accelerator: Accelerator) -> float:
     """Mean denoising loss over the batches of all processes."""
-    total = torch.zeros(2, device=accelerator.device)
+    return _validation_losses({0.0: nullcontext}, model, batches, prepare, accelerator)[0.0]
+
+
+def validation_losses(
+    supernet: Supernet | SingleSize, batches: Iterable[Batch], prepare: Prepare, accelerator: Accelerator
+) -> dict[float, float]:
+    """Mean denoising loss of every size over the batches of all processes; each batch is prepared once for all."""
+    at_sizes = {size: functools.partial(supernet.at, size) for size in supernet.sizes}
+    return _validation_losses(at_sizes, supernet.model, batches, prepare, accelerator)
+
+
+@torch.no_grad()
+def _validation_losses(
+    at_sizes: Mapping[float, Callable[[], AbstractContextManager]],
+    model: nn.Module,
+    batches: Iterable[Batch],
+    prepare: Prepare,
+    accelerator: Accelerator,
+) -> dict[float, float]:
+    totals = {size: torch.zeros(2, device=accelerator.device) for size in at_sizes}
     for batch in batches:
-        losses = denoising_loss(model, send_to_device(batch, accelerator.device), prepare)
-        total += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=accelerator.device)])
-    loss, count = accelerator.reduce(total, "sum").tolist()
-    return loss / count
+        inputs = prepare(send_to_device(batch, accelerator.device))
+        for size, at_size in at_sizes.items():
+            with at_size():
+                losses = prediction_loss(predict(model, inputs), inputs)
+            totals[size] += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=accelerator.device)])
+    sums = {size: accelerator.reduce(total, "sum").tolist() for size, total in totals.items()}
+    return {size: loss / count for size, (loss, count) in sums.items()}
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 import pytest
 
-from ofadiff import architectures
-from ofadiff.architectures import Architecture
+from ofadiff.architectures import Architecture, architectures
 from recipes.architectures import page
 
 # diffusers warns of its own classes.
