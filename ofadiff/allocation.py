@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,15 +22,12 @@ from torch import nn
 from ofadiff.channels import ChannelGroup
 from ofadiff.cost import UnitCosts, unit_costs
 from ofadiff.latency import LatencyCosts, measure_latency_costs
-from ofadiff.sizes import SizeTable, Subnet
+from ofadiff.sizes import TOLERANCE, SizeTable, Subnet
 
 BUDGETS = ("params", "macs", "latency", "channels")
 
 # What a group costs when it keeps so many units: `cost_of(group name, units)`.
 CostOf = Callable[[str, int], int]
-
-# A size is met when the subnet's cost is within this fraction of the full model's.
-TOLERANCE = 0.005
 
 # With min_keep=0 a group keeps nothing or at least this: what equation 5 puts below its own floor is dropped.
 DROP_BELOW = 0.25
@@ -78,6 +76,9 @@ def allocate(
     Returns:
         The subnets in ascending order, each within 0.5 % of the full model's budget where the units allow.
 
+    Warns:
+        UserWarning: If a size is off by more than 0.5 % of the full model's budget; names it and what it has reached.
+
     Raises:
         ValueError: If an argument is out of range, scores do not fit the groups, or a size is below the smallest
             possible one, which is named, or two sizes come to the same subnet.
@@ -123,7 +124,14 @@ def allocate(
                 f"sizes {smaller.size:g} and {larger.size:g} come to the same subnet; no width lies between them"
             )
     measured = (None, None) if latencies is None else (latencies.full / 1e6, latencies.processor)
-    return SizeTable(subnets, budget, min_keep, costs.params, costs.macs, *measured)
+    table = SizeTable(subnets, budget, min_keep, costs.params, costs.macs, *measured)
+    if table.missed:
+        warnings.warn(
+            f"sizes are missed by more than {TOLERANCE:.1%} of the full model's {budget}: {table.reached_in_words()}; "
+            "the widths that its groups may have are too coarse to come closer (a smaller alignment gives more)",
+            stacklevel=2,
+        )
+    return table
 
 
 def check_scores(groups: Sequence[ChannelGroup], scores: Mapping[str, torch.Tensor]) -> None:

@@ -8,6 +8,10 @@ from typing import Any, overload
 
 CONFIG_NAME = "ofa_config.json"
 
+# How far a size may be off, as a fraction of the full model's budget, and the mark of one that is further.
+TOLERANCE = 0.005
+MISSED_MARK = " (!)"
+
 
 @dataclass(frozen=True)
 class Subnet:
@@ -110,6 +114,25 @@ class SizeTable(Sequence[Subnet]):
         """
         return SizeTable.from_dict({**self.to_dict(), "subnets": [_stored(self.find(size))]})
 
+    def reached(self, subnet: Subnet) -> float | None:
+        """The fraction of the full model's budget that a subnet really has; None for `"channels"`, which is no budget.
+
+        For a latency it is that which its groups were measured to take, added up.
+        """
+        if self.budget == "latency":
+            known = subnet.latency_ms is not None and self.full_latency_ms is not None
+            return subnet.latency_ms / self.full_latency_ms if known else None  # type: ignore[operator]
+        if self.budget not in ("params", "macs"):
+            return None
+        spent, full = (subnet.params, self.full_params) if self.budget == "params" else (subnet.macs, self.full_macs)
+        return spent / full
+
+    @property
+    def missed(self) -> dict[float, float]:
+        """The sizes that are off by more than `TOLERANCE` of the full model, each with what it has reached."""
+        reached = {subnet.size: self.reached(subnet) for subnet in self.subnets}
+        return {size: share for size, share in reached.items() if share is not None and abs(share - size) > TOLERANCE}
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SizeTable) and self.to_dict() == other.to_dict()
 
@@ -118,9 +141,23 @@ class SizeTable(Sequence[Subnet]):
             f"{s.size:g}: {s.params / 1e6:.2f} M params ({s.params / self.full_params:.1%}), "
             f"{s.macs / 1e9:.3f} GMACs ({s.macs / self.full_macs:.1%})"
             + ("" if s.latency_ms is None else f", {s.latency_ms:.3g} ms on {self.processor}")
+            + (MISSED_MARK if s.size in self.missed else "")
             for s in self.subnets
         )
-        return f"SizeTable(budget={self.budget!r}, min_keep={self.min_keep:g}; {'; '.join(rows)})"
+        note = f"; {self.note}" if self.missed else ""
+        return f"SizeTable(budget={self.budget!r}, min_keep={self.min_keep:g}; {'; '.join(rows)}{note})"
+
+    @property
+    def note(self) -> str:
+        """What a mark in a table of these sizes means; nothing where no size is missed."""
+        if not self.missed:
+            return ""
+        off = f"more than {TOLERANCE:.1%} of the full model's {self.budget} off"
+        return f"{MISSED_MARK.strip()} {off}: {self.reached_in_words()}"
+
+    def reached_in_words(self) -> str:
+        """What the sizes that are missed have reached."""
+        return ", ".join(f"{size:g} has {share:.1%}" for size, share in self.missed.items())
 
     def to_dict(self) -> dict[str, Any]:
         """What `ofa_config.json` keeps."""

@@ -21,7 +21,6 @@ from compress_ddpm import load_data
 from compression_run import (
     AT_LEAST_ZERO,
     PRECISIONS,
-    SHARE,
     Setup,
     begin,
     cannot_load,
@@ -51,6 +50,7 @@ from PIL import Image
 
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
 from ofadiff.training.class_labels import keep_labels, prepare_class_labels
+from ofadiff.training.copies import copy_in
 from ofadiff.training.encoder import encode_images
 from ofadiff.training.sharding import is_sharded
 from ofadiff.training.train import TrainingResult
@@ -203,7 +203,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--train_data_dir", help="folder of images with a subfolder per class")
     add("--label_column", default="label", help="column of integer classes in the data set")
     add("--variant", help="of the original model's weight files, such as fp16")
-    add("--class_dropout_prob", type=SHARE, default=0.1, help="share of labels left out, for guidance")
+    add("--class_dropout_prob", type=float, default=0.1, help="share of labels left out, for guidance")
     add = add_to["watching"]
     add("--num_validation_images", type=count(0), default=8, help="images drawn per size at each validation")
     add("--validation_inference_steps", type=count(1), default=50, help="denoising steps of these images")

@@ -379,7 +379,7 @@ def add_flags(add_to: AddTo) -> None:
     add("--center_crop", action="store_true", help="crop the middle of each image; by default a random square")
     add("--cache_dir_latents", help="encode images and captions once and keep them in this folder")
     add = add_to["training"]
-    add("--proportion_empty_prompts", type=SHARE, default=0.1, help="share of captions left out, for guidance")
+    add("--proportion_empty_prompts", type=float, default=0.1, help="share of captions left out, for guidance")
     add("--snr_gamma", type=POSITIVE, help="min-SNR weighting of timesteps with this gamma, such as 5; none by default")
     add(
         "--noise_offset",

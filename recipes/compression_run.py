@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,13 @@ from ofadiff import Supernet, allocate, find_channel_groups, rotate_attention, s
 from ofadiff.allocation import BUDGETS, ladders
 from ofadiff.channels import ChannelGroup
 from ofadiff.cost import latency_table
+from ofadiff.evaluation.finite import finite_outputs
 from ofadiff.importance import CRITERIA
 from ofadiff.latency import LatencyCosts, measure_latency_costs
 from ofadiff.options import check_options
 from ofadiff.reweight import STRATEGIES
 from ofadiff.size_adapter import ADAPTERS_NAME
-from ofadiff.sizes import CONFIG_NAME, SizeTable
+from ofadiff.sizes import CONFIG_NAME, MISSED_MARK, SizeTable
 from ofadiff.training.checkpoint import DENOISER, check_flags, check_same_run, find_checkpoint, list_checkpoints
 from ofadiff.training.copies import copy_in
 from ofadiff.training.data import Samples, fixed_batches
@@ -72,6 +74,10 @@ MAY_CHANGE = (
     *("num_validation_images", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("report_to", "logging_dir", "tracker_project_name", "push_to_hub", "hub_model_id", "offload_ema", "allow_tf32"),
 )
+
+# What a resumed run is compared with elsewhere, in its own words.
+COMPARED_ELSEWHERE = ("seed", "sizes", "budget", "min_keep", "reweight", "reweight_m", "size")
+COMPARED_ELSEWHERE += ("lora_rank", "lora_alpha", "lora_target_modules")
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,8 @@ def begin(args: argparse.Namespace) -> Accelerator:
     check_hub(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
-        check_flags(checkpoint, vars(args), MAY_CHANGE)
+        flags = {name: value for name, value in vars(args).items() if name not in COMPARED_ELSEWHERE}
+        check_flags(checkpoint, flags, MAY_CHANGE)
     return make_accelerator(args)
 
 
@@ -203,7 +210,9 @@ def check_sizes(args: argparse.Namespace, denoiser: ModelMixin, latencies: Laten
     alike = {group.name: torch.ones(group.width) for group in groups}
     unknown = args.budget == "latency" and latencies is None
     sizes, budget = ([1.0], "params") if unknown else (args.sizes, args.budget)
-    return allocate(denoiser, groups, alike, sizes, budget, args.min_keep, latencies=latencies)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what is missed depends on the scores, which come later
+        return allocate(denoiser, groups, alike, sizes, budget, args.min_keep, latencies=latencies)
 
 
 def make_noise_scheduler(name: str, config: Mapping[str, Any]) -> DDPMScheduler:
@@ -277,7 +286,10 @@ def make_supernet(
             latencies = measure_latency(args, unet, groups, accelerator)
             check_sizes(args, unet, latencies)
         scores = score(args, unet, groups, train_data, prepare, accelerator)
-        subnets = allocate(unet, groups, scores, args.sizes, args.budget, args.min_keep, latencies=latencies)
+        with warnings.catch_warnings():
+            if not accelerator.is_main_process:  # one process speaks
+                warnings.simplefilter("ignore", UserWarning)
+            subnets = allocate(unet, groups, scores, args.sizes, args.budget, args.min_keep, latencies=latencies)
         supernet = Supernet(unet, groups, scores, subnets, provenance=provenance(args))
         if latencies is not None:
             accelerator.wait_for_everyone()  # nobody works beside it
@@ -433,7 +445,8 @@ def draw_samples(args: argparse.Namespace, setup: Setup, columns: int, step: int
     images: list[Image.Image] = []
     for size in supernet.sizes:
         generators = [torch.Generator().manual_seed(args.seed + column) for column in range(columns)]
-        with supernet.at(size), accelerator.autocast():
+        watched = finite_outputs(setup.pipeline, supernet.model, f"size {size:g} after {step} training steps")
+        with supernet.at(size), accelerator.autocast(), watched:
             images += setup.sample_images(generators)
     if not accelerator.is_main_process:
         return
@@ -533,14 +546,20 @@ def size_table(supernet: Supernet | SingleSize) -> str:
     rows = [f"{'size':>6}  {'parameters':>20}  {'MACs':>20}" + "  branches" * dropping]
     for subnet, (params, macs) in zip(supernet.subnets, costs(supernet).values(), strict=True):
         branches = f"{len(subnet.widths) - len(subnet.dropped)}/{len(subnet.widths)}"
-        rows.append(f"{subnet.size:>6g}  {params:>20}  {macs:>20}" + f"  {branches:>8}" * dropping)
-    return "\n".join(rows)
+        row = f"{subnet.size:>6g}  {params:>20}  {macs:>20}" + f"  {branches:>8}" * dropping
+        rows.append(row + missed_mark(supernet.subnets, subnet.size))
+    return "\n".join([*rows, *filter(None, [supernet.subnets.note])])
+
+
+def missed_mark(subnets: SizeTable, size: float) -> str:
+    """What stands behind a size that is off what was asked for."""
+    return MISSED_MARK if size in subnets.missed else ""
 
 
 def latency_rows(subnets: SizeTable, measured: Mapping[str, float]) -> str:
     """What sizes take, beside what was predicted when they were chosen."""
     predicted = {
-        f"{subnet.size:g}": f"{subnet.latency_ms / subnets.full_latency_ms:.1%}"
+        f"{subnet.size:g}": f"{subnet.latency_ms / subnets.full_latency_ms:.1%}{missed_mark(subnets, subnet.size)}"
         for subnet in subnets
         if subnet.latency_ms is not None and subnets.full_latency_ms is not None
     }
@@ -548,7 +567,7 @@ def latency_rows(subnets: SizeTable, measured: Mapping[str, float]) -> str:
     for name, seconds in measured.items():
         latency = f"{seconds * 1e3:.4g} ms ({seconds / measured['full']:.1%})"
         rows.append(f"{name:>6}  {latency:>20}  {predicted.get(name, ''):>9}")
-    return "\n".join(rows)
+    return "\n".join([*rows, *filter(None, [subnets.note])])
 
 
 def costs(supernet: Supernet | SingleSize) -> dict[float, tuple[str, str]]:
@@ -589,7 +608,7 @@ def model_card(args: argparse.Namespace, supernet: Supernet, result: TrainingRes
         tags=["ofadiff", "pruning", "diffusion"],
     )
     header = ["size", "parameters", "MACs of one step"]
-    rows = {size: [f"{size:g}", *cost] for size, cost in costs(supernet).items()}
+    rows = {size: [f"{size:g}{missed_mark(supernet.subnets, size)}", *cost] for size, cost in costs(supernet).items()}
     if result.history:
         original = "" if result.teacher_loss is None else f" (original: {result.teacher_loss:.4f})"
         header.append(f"validation loss{original}")
@@ -597,6 +616,7 @@ def model_card(args: argparse.Namespace, supernet: Supernet, result: TrainingRes
         for size, row in rows.items():
             row.append(f"{last[size]:.4f}")
     table = "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows.values()))
+    table += f"\n\n{supernet.subnets.note}" if supernet.subnets.missed else ""
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -724,7 +744,7 @@ def compression_parser(description: str) -> tuple[argparse.ArgumentParser, AddTo
     add("--budget", choices=BUDGETS, default="params", help="what a size is a fraction of")
     add(
         "--min_keep",
-        type=SHARE,
+        type=float,
         default=0.25,
         help="smallest share of its channels that a layer keeps; 0 drops what would keep under a quarter",
     )
@@ -783,7 +803,7 @@ def common_parser(description: str, model: str, output: str) -> tuple[argparse.A
     add("--image_column", default="image", help="its column of images")
     add("--cache_dir", help="where what comes from the hub is kept")
     add("--random_flip", action="store_true", help="mirror half of the training images")
-    add("--validation_fraction", type=BELOW_ONE, default=0.1, help="share of the images held out for validation")
+    add("--validation_fraction", type=float, default=0.1, help="share of the images held out for validation")
     add("--dataloader_num_workers", type=count(0), default=0, help="processes that load images")
     add("--output_dir", required=True, help=output)
 

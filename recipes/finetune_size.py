@@ -84,13 +84,6 @@ def set_up(args: argparse.Namespace) -> Setup:
         args.learning_rate = 1e-4 if args.lora_rank else 2e-5
     check_output(args)
     check_teacher(args)
-    accelerator = begin(run_arguments(args))
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; one size is trained whole on every "
-            "device: choose plain multi-GPU in `accelerate config`"
-        )
-
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     text_to_image = index["_class_name"] in FAMILIES
     if args.validation_fraction is None:
@@ -98,8 +91,16 @@ def set_up(args: argparse.Namespace) -> Setup:
         recipe = compress_sd if text_to_image else compress_ddpm
         args.validation_fraction = recipe.make_parser().get_default("validation_fraction")
     if text_to_image:
-        check_flags_of(PIXELS, args, folder)
         args.resolution = args.resolution or own_resolution(folder)
+    accelerator = begin(run_arguments(args))
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; one size is trained whole on every "
+            "device: choose plain multi-GPU in `accelerate config`"
+        )
+
+    if text_to_image:
+        check_flags_of(PIXELS, args, folder)
         plan = compress_sd.read_pipeline(args)
         setup = compress_sd.build(run_arguments(args), accelerator, plan, make_single_size)
     else:

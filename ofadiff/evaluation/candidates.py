@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from torch import nn
 
+from ofadiff.evaluation.denoiser import denoiser_of
 from ofadiff.evaluation.report import JOINT, TEACHER, Row
 from ofadiff.pipelines import OFAPipeline
-
-DENOISERS = ("unet", "transformer")
 
 
 @dataclass(frozen=True)
@@ -60,21 +58,6 @@ def list_candidates(
         denoiser_of(candidate.source)  # there has to be one
         _check_schedulers(candidate, pipeline)
     return candidates
-
-
-def denoiser_of(pipeline: DiffusionPipeline) -> Any:
-    """The denoiser among a pipeline's components.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    for name in DENOISERS:
-        if isinstance(pipeline.components.get(name), nn.Module):
-            return pipeline.components[name]
-    raise ValueError(
-        f"this {type(pipeline).__name__} has no denoiser: none of its components {', '.join(pipeline.components)} is "
-        f"{' or '.join(DENOISERS)}"
-    )
 
 
 def _row(series: str, size: float | None) -> Row:

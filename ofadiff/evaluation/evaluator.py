@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,15 +19,16 @@ from torch.utils.data import Subset
 
 from ofadiff.cost import count_macs, count_parameters, example_inputs
 from ofadiff.evaluation import consistency
-from ofadiff.evaluation.candidates import Candidate, denoiser_of, list_candidates
+from ofadiff.evaluation.candidates import Candidate, list_candidates
 from ofadiff.evaluation.clip_score import DEFAULT_CLIP, ClipScorer
+from ofadiff.evaluation.denoiser import denoiser_of
 from ofadiff.evaluation.extractors import FeatureExtractor
 from ofadiff.evaluation.feature_statistics import FeatureStatistics
 from ofadiff.evaluation.image_protocol import call_protocol, image_protocol
 from ofadiff.evaluation.measure import PEAKS
 from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
 from ofadiff.evaluation.reference import RESIZE, Reference
-from ofadiff.evaluation.report import PARAMETERS, REACHED, TEACHER, Column, Report
+from ofadiff.evaluation.report import MISSED_NOTE, PARAMETERS, REACHED, TEACHER, Column, Report, Row
 from ofadiff.evaluation.sampling import Sampling, draw_share, evaluation_mode
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
@@ -107,6 +109,7 @@ def evaluate(
             a metric lacks what it needs, a pipeline lacks prompts or takes no such argument, a scheduler differs from
             the others or ignores seeds, the reference or the CLIP model cannot be read or used, or `samples_dir` holds
             other images.
+        RuntimeError: If a model gives values that are not finite: names the size, the step and the sample.
 
     Example:
         >>> report = evaluate(OFAPipeline.from_pretrained("my-ofa-checkpoint"), reference="images", num_samples=10_000)
@@ -162,10 +165,13 @@ def evaluate(
         if save_reference_statistics is not None and processes.is_main:
             statistics.save(save_reference_statistics)
     latencies: dict[str, float] = {}
-    if "latency" in names and processes.is_main:
-        latencies = measure_latencies(
-            lambda: _denoisers(candidates), partial(example_inputs, batch_size=cost_batch_size)
-        )
+    if "latency" in names:
+        processes.wait()  # nobody samples beside it
+        if processes.is_main:
+            latencies = measure_latencies(
+                lambda: _denoisers(candidates), partial(example_inputs, batch_size=cost_batch_size)
+            )
+        processes.wait()
 
     budget = _budget(pipeline, teacher)
     columns: dict[str, Column] = {} if budget is None else {"reached": REACHED}
@@ -177,7 +183,7 @@ def evaluate(
     teacher_images = None
     for candidate in candidates:
         row, stand_alone, store = candidate.row, candidate.load(), stores.pop(candidate.name)
-        draw_share(stand_alone, sampling, share, store, show, f"Sampling {candidate.name}")
+        draw_share(stand_alone, sampling, share, store, show, f"Sampling {candidate.name}", name=row.name)
         images = Subset(store, share.indices)  # type: ignore[arg-type]
         denoiser = denoiser_of(stand_alone)
         subject = Subject(
@@ -204,6 +210,7 @@ def evaluate(
                 if "images" in METRICS[name].needs or processes.is_main:
                     row.values.update(METRICS[name].measure(subject))
         row.values = processes.broadcast(row.values)
+        _check_finite(row)
         shown = processes.gather([(index, store[index]) for index in share.indices if index < num_shown])
         report.add_row(row, torch.stack([image for _, image in sorted(shown, key=_first)]))
         if row.series == TEACHER:
@@ -240,7 +247,17 @@ def evaluate(
         "command": command,
     }
     report.protocol = {name: value for name, value in protocol.items() if value is not None}
+    if any(map(report.missed, report.rows)):
+        report.protocol["sizes"] = MISSED_NOTE
     return report
+
+
+def _check_finite(row: Row) -> None:
+    for name, value in row.values.items():
+        if value is not None and not math.isfinite(value):
+            raise RuntimeError(
+                f"{name} of {row.name} ({row.series}) is {value}; no report is made of what means nothing"
+            )
 
 
 def read_statistics(reference: Any) -> FeatureStatistics | None:
@@ -301,7 +318,7 @@ def _try_all(candidates: Sequence[Candidate], sampling: Sampling) -> list[torch.
     for candidate in candidates:
         stand_alone = candidate.load()
         with evaluation_mode(stand_alone):
-            images.append(trial.draw(stand_alone, [0]))
+            images.append(trial.draw(stand_alone, [0], name=candidate.row.name))
         if images[-1].shape != images[0].shape:
             shapes = [f"{image.shape[-1]}x{image.shape[-2]}" for image in images]
             raise ValueError(

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import torch
 
+from ofadiff.sizes import MISSED_MARK, TOLERANCE
+
+# What a mark at a size means.
+MISSED_NOTE = f"{MISSED_MARK.strip()} off by more than {TOLERANCE:.1%} of the full model"
+
 TEACHER = "teacher"
 # The name of the series that a report is about; others are baselines.
 JOINT = "OFA"
@@ -178,8 +183,16 @@ class Report:
             return "–"
         factor, unit = column.unit(self._values(name))
         text = f"{value / factor:.{column.digits}f}" + (" %" if unit == "%" else "")
+        text += MISSED_MARK if name == "reached" and self.missed(row) else ""
         spread = row.values.get(column.spread)
         return text if spread is None else f"{text} ± {spread / factor:.{column.digits}f}"
+
+    def missed(self, row: Row) -> bool:
+        """Whether a row's size is further off its budget than sizes may be."""
+        reached, budget = row.values.get("reached"), self.protocol.get("budget")
+        if row.size is None or reached is None or budget not in ("params", "macs"):
+            return False
+        return abs(reached - row.size) > TOLERANCE
 
     def text(self, row: Row, name: str) -> str:
         """One value as text, with its unit."""
@@ -205,6 +218,8 @@ class Report:
             text.append("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
             if number == 0:
                 text.append("  ".join("─" * width for width in widths))
+        if any(map(self.missed, self.rows)):
+            text.append(MISSED_NOTE)
         return "\n".join(text)
 
     def to_json(self) -> str:

@@ -13,6 +13,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
+from ofadiff.evaluation.denoiser import denoiser_of
+from ofadiff.evaluation.finite import finite_outputs
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
@@ -66,6 +68,7 @@ def generate(
     Raises:
         ValueError: If a number is below 1, `size` is none of the pipeline's sizes, an argument has no values or is none
             of the pipeline's, a text-to-image pipeline gets no prompts, or the scheduler ignores generators.
+        RuntimeError: If the denoiser, the VAE or an image is not finite: names the size, the step and the sample.
 
     Example:
         >>> images = generate(pipeline, 8, size=0.5, arguments={"class_labels": range(10)})
@@ -121,25 +124,41 @@ class Sampling:
         return {name: [values[i % len(values)] for i in indices] for name, values in self.arguments.items()}
 
     def draw(
-        self, pipeline: DiffusionPipeline, indices: Sequence[int], size: float | str | None = None
+        self,
+        pipeline: DiffusionPipeline,
+        indices: Sequence[int],
+        size: float | str | None = None,
+        name: str | None = None,
     ) -> torch.Tensor:
         """These images, in one call: uint8 `(len(indices), 3, H, W)`.
 
         All noise comes from the images' own generators, which are on the CPU, so that devices draw the same.
 
+        Args:
+            pipeline: What draws.
+            indices: Of the images.
+            size: As in `generate`.
+            name: What to call the model in an error.
+
         Raises:
             ValueError: If the pipeline's scheduler draws noise elsewhere: the images would depend on the batch.
+            RuntimeError: If something is not finite.
         """
         condition = self.condition(indices) or {"batch_size": len(indices)}
         before = _global_random_states(pipeline.device)
-        images = pipeline(
-            **condition,
-            **self.call_arguments,
-            **({} if size is None else {"size": size}),
-            generator=[torch.Generator().manual_seed(self.seed + i) for i in indices],
-            num_inference_steps=self.num_inference_steps,
-            output_type="pt",
-        ).images
+        name = name or _name_of(pipeline, size)
+        with finite_outputs(pipeline, denoiser_of(pipeline), name, indices):
+            images = pipeline(
+                **condition,
+                **self.call_arguments,
+                **({} if size is None else {"size": size}),
+                generator=[torch.Generator().manual_seed(self.seed + i) for i in indices],
+                num_inference_steps=self.num_inference_steps,
+                output_type="pt",
+            ).images
+        bad = [index for index, image in zip(indices, images, strict=True) if not torch.isfinite(image).all()]
+        if bad:
+            raise RuntimeError(f"{name} gives images with values that are not finite, sample {bad[0]}")
         if not all(map(torch.equal, before, _global_random_states(pipeline.device))):
             raise ValueError(
                 f"this {type(pipeline).__name__} draws noise from PyTorch's global generator (its scheduler is a "
@@ -157,6 +176,7 @@ def draw_share(
     progress: bool = False,
     description: str = "Sampling",
     size: float | str | None = None,
+    name: str | None = None,
 ) -> None:
     """Draws the images of a share that are not there yet.
 
@@ -167,10 +187,17 @@ def draw_share(
         for batch in share.batches:
             absent = [index for index in batch if index not in images]
             if absent:
-                drawn = sampling.draw(pipeline, batch, size)
+                drawn = sampling.draw(pipeline, batch, size, name)
                 for index in absent:
                     images[index] = drawn[index - batch[0]]
             bar.update(len(batch))
+
+
+def _name_of(pipeline: DiffusionPipeline, size: float | str | None) -> str:
+    """What to call a pipeline's model: the size that it samples at, where it has sizes."""
+    if not isinstance(pipeline, OFAPipeline):
+        return f"this {type(pipeline).__name__}"
+    return f"size {pipeline.subnets.find(pipeline.size if size is None else size).size:g}"
 
 
 def default_arguments(pipeline: DiffusionPipeline) -> dict[str, Sequence[Any]]:

@@ -32,6 +32,11 @@ class Processes:
         """The main process' value, everywhere."""
         return broadcast_object_list([value])[0] if self.count > 1 else value
 
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if self._accelerator is not None:
+            self._accelerator.wait_for_everyone()
+
     def main_first(self) -> contextlib.AbstractContextManager[None]:
         """A block that the main process of each machine runs before the others, which then find what it downloaded."""
         return contextlib.nullcontext() if self._accelerator is None else self._accelerator.local_main_process_first()

@@ -298,10 +298,8 @@ def check_images(
     if broken:
         names = ", ".join(name for name, _ in broken[:NAMED])
         more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-        raise ValueError(
-            f"{len(broken)} of {len(images.names)} images cannot be read: the first, because {broken[0][1]}; all: "
-            f"{names}{more}"
-        )
+        count = f"{len(broken)} of {len(images.names)}"
+        raise ValueError(f"{broken[0][1]} ({broken[0][0]}): {count} images cannot be read: {names}{more}")
 
 
 class Samples(Protocol):
