@@ -486,9 +486,8 @@ def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Pat
             copy_component(folder / name, out / name)
         else:
             others = {other: None for other in index if isinstance(index[other], list) and other != name}
-            dtype = stored_dtype(weights)
-            part = DiffusionPipeline.from_pretrained(folder, variant=variant, torch_dtype=dtype, **others)
-            part.components[name].save_pretrained(out / name)
+            pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant, **others)
+            torch.nn.Module.to(pipeline.components[name], stored_dtype(weights)).save_pretrained(out / name)
     library = type(denoiser).__module__.partition(".")[0]
     index[denoiser_name] = [library, type(denoiser).__name__]
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,21 @@
+"""A recipe one of whose processes meets an error of its own: `failing_recipe.py RANKS RECIPE WORD …`."""
+
+import os
+import runpy
+import sys
+
+import ofadiff.training.data
+
+if __name__ == "__main__":
+    ranks = sys.argv[1].split(",")
+    del sys.argv[:2]
+    sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+    decode = ofadiff.training.data.hold_out
+
+    def hold_out(*arguments):
+        if os.environ["RANK"] in ranks:
+            raise ValueError(f"the disk of process {os.environ['RANK']} is full")
+        return decode(*arguments)
+
+    ofadiff.training.data.hold_out = hold_out
+    runpy.run_path(sys.argv[0], run_name="__main__")
