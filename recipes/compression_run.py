@@ -7,12 +7,10 @@ import functools
 import importlib.util
 import json
 import math
-import os
 import re
 import shlex
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +38,7 @@ from ofadiff.evaluation.finite import finite_outputs
 from ofadiff.importance import CRITERIA
 from ofadiff.latency import LatencyCosts, measure_latency_costs
 from ofadiff.options import check_options
+from ofadiff.processes import who_fails
 from ofadiff.reweight import STRATEGIES
 from ofadiff.size_adapter import ADAPTERS_NAME
 from ofadiff.sizes import CONFIG_NAME, MISSED_MARK, SizeTable
@@ -58,8 +57,6 @@ SampleImages = Callable[[list[torch.Generator]], list[Image.Image]]
 OTHER_WEIGHTS = re.compile(
     r"(model\.(?!safetensors|bin)[^.]+\.(safetensors|bin))|(\.index\.[^.]+\.json)|(\.(bin|bin\.index\.json|msgpack|ckpt|h5|onnx))$"
 )
-# Processes that fail let the first one speak for so long.
-SECONDS_FOR_THE_FIRST = 5.0
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -114,18 +111,6 @@ def run_recipe(
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {who_fails()}{error}\n")
     train_and_save(args, setup)
-
-
-def who_fails() -> str:
-    """What stands before the error of one of several processes.
-
-    Where all of them fail alike, the first one speaks and the launcher ends the others; so those wait for a while.
-    """
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        return ""
-    time.sleep(SECONDS_FOR_THE_FIRST)
-    return f"process {rank}: "
 
 
 # Checks, before anything is loaded

@@ -35,11 +35,13 @@ from ofadiff.evaluation import METRICS, Report, evaluate, read_prompts
 from ofadiff.evaluation.clip_score import DEFAULT_CLIP
 from ofadiff.evaluation.evaluator import missing_reference, read_statistics
 from ofadiff.evaluation.extractors import find_extractor
+from ofadiff.evaluation.finite import NotFiniteError
 from ofadiff.evaluation.metrics import choose_metrics
 from ofadiff.evaluation.saved_images import PROTOCOL_NAME
 from ofadiff.pipelines import ClassConditionalDDPMPipeline
 from ofadiff.pipelines.class_conditional import class_count
 from ofadiff.pipelines.ofa_pipeline import find_denoiser, local_folder
+from ofadiff.processes import who_fails
 from ofadiff.sizes import SizeTable
 from ofadiff.supernet import CONFIG_NAME, read_ofa_config
 from ofadiff.training.data import Images, dataset_images, image_folder, load_dataset_split
@@ -293,12 +295,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     try:
         report = evaluate_checkpoint(args, command_line(arguments))
-    except (ImportError, OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n" if first else None)
-    if first:
+    except (ImportError, OSError, ValueError, NotFiniteError) as error:
+        parser.exit(2, f"{parser.prog}: error: {who_fails()}{error}\n")
+    if os.environ.get("RANK", "0") == "0":
         print(f"\n{report.table()}\n\n{Path(args.output_dir) / 'report.html'} shows it all.")
 
 

@@ -109,7 +109,7 @@ def evaluate(
             a metric lacks what it needs, a pipeline lacks prompts or takes no such argument, a scheduler differs from
             the others or ignores seeds, the reference or the CLIP model cannot be read or used, or `samples_dir` holds
             other images.
-        RuntimeError: If a model gives values that are not finite: names the size, the step and the sample.
+        NotFiniteError: If a model gives values that are not finite: names the size, the step and the sample.
 
     Example:
         >>> report = evaluate(OFAPipeline.from_pretrained("my-ofa-checkpoint"), reference="images", num_samples=10_000)

@@ -12,6 +12,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 
+class NotFiniteError(RuntimeError):
+    """A model gave values that are not finite, or a number came of them that is not."""
+
+
 @contextmanager
 def finite_outputs(pipeline: Any, denoiser: nn.Module, name: str, samples: Sequence[int] = ()) -> Iterator[None]:
     """A block in which a pipeline's denoiser and its VAE's decoder have to give finite values.
@@ -23,7 +27,7 @@ def finite_outputs(pipeline: Any, denoiser: nn.Module, name: str, samples: Seque
         samples: What to call the samples of a call; with guidance the denoiser sees each of them more than once.
 
     Raises:
-        RuntimeError: At the first value that is not finite: names the model, the denoising step and the sample.
+        NotFiniteError: At the first value that is not finite: names the model, the denoising step and the sample.
     """
     watches = [denoiser.register_forward_hook(_Watch(f"the denoiser of {name}", samples, steps=True), with_kwargs=True)]
     vae = pipeline.components.get("vae")
@@ -52,7 +56,7 @@ class _Watch:
             self.step, self.timestep = self.step + (timestep != self.timestep), timestep
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise RuntimeError(f"{self.what} gives values that are not finite{self._where(tensor)}")
+                raise NotFiniteError(f"{self.what} gives values that are not finite{self._where(tensor)}")
 
     def _where(self, tensor: torch.Tensor) -> str:
         at = f" at denoising step {self.step}" if self.steps else ""

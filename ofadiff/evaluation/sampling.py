@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ofadiff.evaluation.denoiser import denoiser_of
-from ofadiff.evaluation.finite import finite_outputs
+from ofadiff.evaluation.finite import NotFiniteError, finite_outputs
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
@@ -68,7 +68,7 @@ def generate(
     Raises:
         ValueError: If a number is below 1, `size` is none of the pipeline's sizes, an argument has no values or is none
             of the pipeline's, a text-to-image pipeline gets no prompts, or the scheduler ignores generators.
-        RuntimeError: If the denoiser, the VAE or an image is not finite: names the size, the step and the sample.
+        NotFiniteError: If the denoiser, the VAE or an image is not finite: names the size, the step and the sample.
 
     Example:
         >>> images = generate(pipeline, 8, size=0.5, arguments={"class_labels": range(10)})
@@ -142,7 +142,7 @@ class Sampling:
 
         Raises:
             ValueError: If the pipeline's scheduler draws noise elsewhere: the images would depend on the batch.
-            RuntimeError: If something is not finite.
+            NotFiniteError: If something is not finite.
         """
         condition = self.condition(indices) or {"batch_size": len(indices)}
         before = _global_random_states(pipeline.device)
@@ -158,7 +158,7 @@ class Sampling:
             ).images
         bad = [index for index, image in zip(indices, images, strict=True) if not torch.isfinite(image).all()]
         if bad:
-            raise RuntimeError(f"{name} gives images with values that are not finite, sample {bad[0]}")
+            raise NotFiniteError(f"{name} gives images with values that are not finite, sample {bad[0]}")
         if not all(map(torch.equal, before, _global_random_states(pipeline.device))):
             raise ValueError(
                 f"this {type(pipeline).__name__} draws noise from PyTorch's global generator (its scheduler is a "

@@ -106,8 +106,8 @@ class OFAPipeline:
         pipeline = loader.from_pretrained(directory, **{name: denoiser}, **kwargs)
         if dtype is None:
             # diffusers loads its own models in float32 then, transformers its own in the dtype that they are stored in.
-            for part in pipeline.components.values():
-                if isinstance(part, torch.nn.Module):
+            for component, part in pipeline.components.items():
+                if isinstance(part, torch.nn.Module) and component not in (name, *kwargs):
                     torch.nn.Module.float(part)
         return _mix_in_sizes(pipeline, name, None if size is None else subnets.only(size))
 

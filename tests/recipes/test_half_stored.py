@@ -74,6 +74,9 @@ def test_stable_diffusion(run, tmp_path, stored):
     for loaded in (pipeline, OFAPipeline.from_pretrained(out, size=0.6, safety_checker=None)):
         image = loaded("a red house", size=0.6, num_inference_steps=1, output_type="np").images
         assert np.isfinite(image).all()
+    mine = torch.nn.Module.to(pipeline.text_encoder, torch.bfloat16)  # what is given stays what it is
+    given = OFAPipeline.from_pretrained(out, safety_checker=None, text_encoder=mine)
+    assert given.text_encoder is mine and mine.dtype is torch.bfloat16
     plain = DiffusionPipeline.from_pretrained(out, safety_checker=None, dtype=torch.float32)
     assert type(plain) is StableDiffusionPipeline
 
