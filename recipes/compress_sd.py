@@ -46,6 +46,7 @@ from compression_run import (
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin, StableDiffusionPipeline
 from PIL import Image
 
+from ofadiff.data.decoding import DECODING
 from ofadiff.training.copies import copy_in
 from ofadiff.training.data import check_images, dataset_images, hold_out, load_dataset_split
 from ofadiff.training.encoder import AUTOENCODERS, TextToImageEncoder, spatial_compression
@@ -304,6 +305,7 @@ def make_latent_cache(args: argparse.Namespace, data: TextToImageData, dtype: to
         "random_flip": args.random_flip,
         "data": args.train_data_dir or args.dataset_name,
         "images": len(data.images.names),
+        "decoding": DECODING,
         "captions": hashlib.sha256(json.dumps(data.captions).encode()).hexdigest(),
     }
     return LatentCache(args.cache_dir_latents, description)

@@ -262,10 +262,11 @@ def load_teacher(args: argparse.Namespace, stock: type[ModelMixin], accelerator:
     """The UNet of another pipeline, frozen, in the run's precision."""
     name = args.teacher_model_name_or_path
     try:
-        teacher = stock.from_pretrained(name, subfolder="unet", cache_dir=args.cache_dir)
+        precision = PRECISIONS[accelerator.mixed_precision]
+        teacher = stock.from_pretrained(name, subfolder="unet", cache_dir=args.cache_dir, torch_dtype=precision)
     except (OSError, ValueError) as error:
         raise cannot_load(name, f"a pipeline with a {stock.__name__}", error) from error
-    return teacher.to(PRECISIONS[accelerator.mixed_precision]).requires_grad_(False)
+    return teacher.requires_grad_(False)
 
 
 def copy_pipeline(folder: Path, out: Path) -> None:

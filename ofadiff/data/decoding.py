@@ -13,6 +13,9 @@ from PIL import Image, ImageOps
 # What is seen through transparent pixels.
 BACKGROUND = "white"
 
+# What `decode_image` makes of images; who keeps its results keeps this beside them.
+DECODING = f"upright, 8 bits, on {BACKGROUND}"
+
 # Largest value of a 16-bit image.
 SIXTEEN_BITS = 65535
 CHANNELS = (1, 3, 4)

@@ -77,10 +77,28 @@ class TarShards:
         """The examples of one shard, bytes by column; the last one says so if it cannot be read to its end."""
         url = self.urls[index]
         try:
-            with fsspec.open(url, "rb", compression="infer") as file, tarfile.open(fileobj=file, mode="r|") as tar:
-                yield from _examples(tar, url)
+            with fsspec.open(url, "rb", compression="infer") as file:
+                read = _Reading(file)
+                with tarfile.open(fileobj=read, mode="r|") as tar:  # type: ignore[call-overload]
+                    yield from _examples(tar, url)
+                if read.tail.strip(b"\0"):
+                    raise tarfile.ReadError("unexpected end of data: its end mark is missing")
         except Exception as error:  # file systems raise whatever they like
             yield {URL: url, ERROR: " ".join(str(error).split()) or type(error).__name__}
+
+
+class _Reading:
+    """A file that knows what it was read to. `tarfile` takes one that is cut between two members for a whole one."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.tail = b""
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes; their last block stays in `tail`."""
+        content = self.file.read(size)
+        self.tail = (self.tail + content[-tarfile.BLOCKSIZE :])[-tarfile.BLOCKSIZE :]
+        return content
 
 
 def decode_column(example: Example, column: str) -> Any:

@@ -240,6 +240,8 @@ def train(
         progress.set_postfix(loss=f"{mean_loss:.4f}", size=size)
         values = {"loss": mean_loss, f"loss/{size:g}": mean_loss, "size": size, "lr": lr_scheduler.get_last_lr()[0]}
         values["samples_per_second"] = state.run["samples per step"] / (time.perf_counter() - step_started)
+        if state.unreadable:
+            values["unreadable_samples"] = state.unreadable
         if device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         accelerator.log(values, step)

@@ -56,6 +56,8 @@ FAULTS = {
     "no_utf_8": ({"change": no_utf_8}, 9, "0017 in .*its 'txt' cannot be decoded"),
     "broken_json": ({"change": broken_json}, 10, None),  # nobody asked for it
     "truncated": ({"cut": 9000}, 2, "001.tar cannot be read to its end: unexpected end of data"),
+    "cut_between_samples": ({"cut": 9216}, 3, "001.tar cannot be read to its end: unexpected end of data"),
+    "cut_in_a_header": ({"cut": 9300}, 3, "001.tar cannot be read to its end: unexpected end of data"),
     "page": ("<html>404</html>", 0, "001.tar cannot be read to its end"),
     "empty": ("", 0, "001.tar cannot be read to its end"),
     "gone": (None, 0, "001.tar cannot be read to its end: .*No such file"),
