@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 
+from ofadiff.files import written_aside
 from ofadiff.layers import LowRankUpdate
 
 ADAPTERS_NAME = "ofa_adapters"
@@ -141,17 +141,10 @@ def adapter_folder(directory: str | Path, size: float) -> Path:
 def save_size_adapter(adapter: SizeAdapter, directory: str | Path, size: float) -> None:
     """Puts a size's adapter into a denoiser's folder, in place of the one that the size had; nothing else changes.
 
-    The adapter is made under a hidden name and then renamed, so a kill leaves whole adapters only.
+    A kill leaves whole adapters only.
     """
-    folder = adapter_folder(directory, size)
-    unfinished, replaced = folder.with_name(f".{folder.name}"), folder.with_name(f".{folder.name}-replaced")
-    for leftover in (unfinished, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    adapter.save_pretrained(unfinished)
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(unfinished, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with written_aside(adapter_folder(directory, size)) as folder:
+        adapter.save_pretrained(folder)
 
 
 def save_size_adapters(adapters: Mapping[float, SizeAdapter], directory: str | Path) -> None:

@@ -289,7 +289,7 @@ def _load_supernet(supernet: Supernet, checkpoint: Path) -> None:
         for group, width in ours.widths.items():
             _check(checkpoint, f"width of {group} at size {ours.size:g}", theirs.widths.get(group), width)
     if saved.basis.keys() != supernet.basis.keys() or not all(
-        torch.equal(saved.basis[name], supernet.basis[name].cpu()) for name in saved.basis
+        torch.equal(saved.basis[name].double(), supernet.basis[name].cpu().double()) for name in saved.basis
     ):
         raise ValueError(
             f"cannot resume from {checkpoint}: its channels are in another order or basis than this run's; build the "
