@@ -41,6 +41,7 @@ from PIL import Image
 
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
 from ofadiff.training.data import (
+    NAMED,
     ImageData,
     Images,
     check_images,
@@ -158,7 +159,8 @@ def load_data(
     if classes is not None:
         check_labels(images, classes)
         if images.classes:
-            accelerator.print("Classes: " + ", ".join(f"{label} = {name}" for label, name in images.classes.items()))
+            first = [f"{label} = {name}" for label, name in list(images.classes.items())[:NAMED]]
+            accelerator.print("Classes: " + ", ".join([*first, *(["…"] if len(images.classes) > NAMED else [])]))
     share = accelerator.process_index, accelerator.num_processes
     check_images(images, args.dataloader_num_workers, accelerator.is_local_main_process, *share, gather_object)
     accelerator.print(f"{len(images.names)} images of {args.train_data_dir or args.dataset_name}")
@@ -176,12 +178,11 @@ def check_labels(images: Images, known: float) -> None:
             "the model is class-conditional, but the images have no labels: put each class in a subfolder, named by "
             f"its number; {outside} lies in none"
         )
-    classes = images.classes or {}
-    named = {label: name for label, name in classes.items() if name != str(label) and not name.isdecimal()}
-    if named and known != math.inf and len(named) != known:
+    names = list((images.classes or {}).values())
+    if not all(name.isdecimal() for name in names) and known != math.inf and len(names) != known:
         raise ValueError(
-            f"the images have {len(named)} classes, {', '.join(list(named.values())[:5])}, and the model {known:g}; "
-            "name the folders by the model's class numbers, so that it is clear which is which"
+            f"the images have {len(names)} classes, {', '.join(names[:5])}, and the model {known:g}; name the folders "
+            "by the model's class numbers, so that it is clear which is which"
         )
     outside_labels = [label for label in images.labels if not 0 <= label < known]
     if outside_labels:
