@@ -235,9 +235,9 @@ def freeze(
     """The teacher, and the VAE with the text encoders, in a precision; what float16 is too small for in float32."""
     teacher, encode = copy_in(denoiser, precision), TextToImageEncoder(pipeline)
     for module in encode.modules:  # whatever dtype each was stored in
-        module.to(precision)
-    if precision == torch.float16 and pipeline.vae.config.get("force_upcast"):
-        pipeline.vae.to(torch.float32)
+        upcast = module is pipeline.vae and precision == torch.float16 and module.config.get("force_upcast")
+        # Not the method of diffusers models, which warns about every cast.
+        torch.nn.Module.to(module, torch.float32 if upcast else precision)
     return teacher.requires_grad_(False), encode
 
 
