@@ -270,9 +270,11 @@ class Supernet:
             A copy in eval mode, on the model's device, in its dtype and memory format (channels_last or not).
 
         Raises:
-            ValueError: If there is no such size, or LoRAs are loaded; the size's own adapter is merged.
+            ValueError: If there is no such size, or LoRAs are loaded or projections fused; the size's own adapter is
+                merged.
         """
         subnet = self.subnets.find(size)
+        self._state.check_not_fused()
         if is_adapted(self.model):
             raise ValueError("the model has adapters; fuse_lora() if they shall stay, and unload_lora_weights() first")
         small = extracted.extract(self.model, self.groups, subnet.widths, self.basis)

@@ -129,6 +129,15 @@ class SupernetState:
             finally:
                 self.set_size(before)
 
+    def check_not_fused(self) -> None:
+        """Raises ValueError if projections of an attention were fused: what they make does not follow the sizes."""
+        for block, group in self._blocks:
+            if vars(block).get("fused_projections"):
+                raise ValueError(
+                    f"the projections of {group.name} are fused and cannot follow the sizes of a supernet; fuse those "
+                    "of extract(size)"
+                )
+
     def adopt_adapter(self, model: ModelMixin, adapter: str, swapped: bool = False) -> None:
         """See `Supernet.adopt_adapter`; `swapped` says that the adapter has new weights in place of converted ones."""
         from ofadiff.adapters import adopt_adapter  # peft is needed for adapters only
@@ -187,13 +196,14 @@ class SupernetModel:
         """As in the stock class, at the size that is set.
 
         Raises:
-            ValueError: If the model has an adapter that does not follow its sizes.
+            ValueError: If the model has an adapter, or fused projections, that do not follow its sizes.
         """
         state = self.ofa_state
         # A replica of `nn.DataParallel` runs in a thread of its own, for the thread that has the model.
         if torch.compiler.is_compiling() or state is None or "_is_replica" in vars(self):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         with state.lock:
+            state.check_not_fused()
             for adapter in loaded_adapters(self):
                 if adapter not in state.sides:
                     raise ValueError(
@@ -250,6 +260,8 @@ class SupernetModel:
         """Raises ValueError where saving would write something else than this supernet."""
         if Path(save_directory).is_file():
             raise ValueError(f"{save_directory} is a file; a supernet is saved in a folder")
+        if self.ofa_state is not None:
+            self.ofa_state.check_not_fused()
         if is_adapted(self):
             raise ValueError("the model has adapters; unload_lora_weights() before saving the supernet")
         if any(parameter.is_meta for parameter in self.parameters()):  # type: ignore[attr-defined]

@@ -187,10 +187,14 @@ def cannot_load(name: str, expected: str, error: Exception) -> ValueError:
 
 
 def check_sizes(args: argparse.Namespace, denoiser: ModelMixin, latencies: LatencyCosts | None = None) -> SizeTable:
-    """Raises ValueError unless the sizes can be met. Weights do not matter, so the model may be on the meta device.
+    """Raises ValueError unless the sizes can be met, and the options fit what was chosen.
+
+    Weights do not matter, so the model may be on the meta device.
 
     Which sizes in latency can be met is known once it is measured.
     """
+    criterion_options(args)
+    strategy_options(args)
     groups = find_channel_groups(denoiser)
     alike = {group.name: torch.ones(group.width) for group in groups}
     unknown = args.budget == "latency" and latencies is None

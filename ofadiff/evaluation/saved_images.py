@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from ofadiff.data.decoding import decode_image, open_image
+
 PROTOCOL_NAME = "protocol.json"
 # The chunk that ends every PNG; one that was cut short lacks it.
 LAST_CHUNK = b"\0\0\0\0IEND\xaeB\x60\x82"
@@ -61,8 +63,8 @@ class SavedImages:
             return file.read() == LAST_CHUNK
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        with Image.open(self._path(index)) as image:
-            return pil_to_tensor(image)
+        with open_image(self._path(index)) as image:
+            return pil_to_tensor(decode_image(image))
 
     def __setitem__(self, index: int, image: torch.Tensor) -> None:
         path = self._path(index)

@@ -1,6 +1,7 @@
 """A size that is asked for is the size that is used, or an error, whatever the denoiser is reached by."""
 
 import json
+import re
 import sys
 import threading
 import warnings
@@ -23,8 +24,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tiny_pipelines import MASK, PICTURE, SIZES, image, load, make_checkpoint
+from tiny_transformers import tiny, tiny_inputs
 
-from ofadiff import OFAPipeline, Supernet
+from ofadiff import OFAPipeline, Supernet, allocate, find_channel_groups, score_channels
 
 CUSTOM = """
 from diffusers import {base}
@@ -279,6 +281,26 @@ def test_fused_projections_are_refused_on_a_supernet_and_right_on_what_is_extrac
     expected = output(small, inputs)
     small.fuse_qkv_projections()
     assert relative_error(output(small, inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd15", "FluxTransformer2DModel"])
+def test_one_attention_that_is_fused_by_itself_is_noticed(name, tmp_path):
+    model = make_unet(name) if name == "sd15" else tiny(name)
+    inputs = random_inputs(model) if name == "sd15" else tiny_inputs(name)
+    groups = find_channel_groups(model)
+    scores = score_channels(model, groups, criterion="random")
+    table = allocate(model, groups, scores, (0.6, 1.0), budget="channels", inputs=inputs)
+    supernet = Supernet(model, groups, scores, table)
+    group = next(group for group in groups if group.kind == "self_attention")
+    model.get_submodule(group.block).fuse_projections()
+    for use in (
+        lambda: output(model, inputs),
+        lambda: supernet.extract(0.6),
+        lambda: model.save_pretrained(tmp_path / "saved"),
+    ):
+        with pytest.raises(ValueError, match=f"the projections of {re.escape(group.name)} are fused"):
+            use()
+    assert not (tmp_path / "saved").exists()
 
 
 def test_fusing_through_a_pipeline_is_refused(folder, tmp_path):
