@@ -31,7 +31,7 @@ def written_aside(folder: str | Path, keep: Callable[[Path], bool] = lambda entr
         folder: What to write or to replace; made with its parents if it is not there.
         keep: Which entries of the old folder come along if the block has not written one of that name.
     """
-    folder = Path(folder).resolve()
+    folder, working_directory = Path(folder).resolve(), Path.cwd()
     unfinished, replaced = (folder.with_name(f".{folder.name}-{what}") for what in ("unfinished", "replaced"))
     if replaced.exists():  # a kill came in between
         if folder.exists():
@@ -50,6 +50,8 @@ def written_aside(folder: str | Path, keep: Callable[[Path], bool] = lambda entr
     os.replace(unfinished, folder)
     if replaced.exists():
         _bring_along(replaced, folder, keep)
+    if working_directory == folder:
+        os.chdir(folder)  # it would go on in the folder that was replaced
 
 
 def _bring_along(replaced: Path, folder: Path, keep: Callable[[Path], bool]) -> None:

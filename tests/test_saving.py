@@ -164,6 +164,15 @@ def test_other_files_and_variants_of_the_same_supernet_stay(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["unet"]
 
 
+def test_the_working_directory_can_be_saved_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in range(2):
+        supernet = supernet_of("plain", seed)
+        supernet.save_pretrained(".")
+        assert Supernet.from_pretrained(".").subnets == supernet.subnets
+    assert (tmp_path / WEIGHTS).is_file()
+
+
 def test_a_changed_finder_does_not_load_old_checkpoints(tmp_path, monkeypatch):
     supernet = supernet_of("sd15")
     supernet.save_pretrained(tmp_path)
