@@ -259,8 +259,8 @@ def _convolved(layer: nn.Module, input: torch.Tensor, weight: torch.Tensor, bias
     return everywhere.to(dtype).view(-1, *(1 for _ in lengths)).expand(input.shape[0], -1, *lengths)
 
 
-# For a layer what it was cut from, and its parameters, each cut to what the layer keeps.
-_Cuts = dict[nn.Module, tuple[tuple, tuple[torch.Tensor, torch.Tensor | None]]]
+# For a layer what it kept and what it was cut from, and its parameters, each cut to what the layer keeps.
+_Cuts = dict[nn.Module, tuple[Kept, list[tuple[int, int]], tuple[torch.Tensor, torch.Tensor | None]]]
 _cuts: ContextVar[_Cuts | None] = ContextVar("_cuts", default=None)
 
 
@@ -280,25 +280,28 @@ def cut_once() -> Iterator[None]:
 
 
 def _active(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if not layer.kept:
+    kept = layer.kept
+    if not kept:
         return layer.weight, layer.bias
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or (cuts := _cuts.get()) is None:
         return _cut(layer)
-    source = layer.kept, _state(layer.weight), _state(layer.bias)
+    written = _written(layer)
     held = cuts.get(layer)
-    if held is None or held[0][0] is not source[0] or held[0][1:] != source[1:]:
+    if held is None or held[0] is not kept or held[1] != written:
         weight, bias = _cut(layer)
         # Rows of the full weight need no copy; columns are strewn over it, which every product would pay for.
-        held = source, (weight if weight is None or weight.is_contiguous() else weight.clone(), bias)
+        held = kept, written, (weight if weight is None or weight.is_contiguous() else weight.clone(), bias)
         cuts[layer] = held
-    return held[1]
+    return held[2]
 
 
-def _state(parameter: torch.Tensor | None) -> tuple[int, int] | None:
-    """Where a parameter lies and how often it was changed in place; inference tensors don't count that."""
-    if parameter is None:
-        return None
-    return parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version
+def _written(layer: nn.Module) -> list[tuple[int, int]]:
+    """Where a layer's parameters lie, and how often each was written to."""
+    parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
+    try:
+        return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+    except RuntimeError:  # inference tensors do not count
+        return [(parameter.data_ptr(), 0) for parameter in parameters]
 
 
 def _cut(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -183,12 +183,13 @@ class OFAPipeline:
         denoiser = unwrapped(self._denoiser)
         if denoiser.device != self._execution_device:  # type: ignore[attr-defined]
             return False
-        code = [*args, *kwargs.values()]
-        code = [value for value in code if callable(value)] + [self._stock_class, *self.components.values()]  # type: ignore[attr-defined]
+        code = [value for value in (*args, *kwargs.values()) if callable(value)]
+        parts = [*self.components.values()]  # type: ignore[attr-defined]
         for module in denoiser.modules():
-            code += [module, *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            code += [vars(module)["processor"]] if "processor" in vars(module) else []
-        return all(_library_of(each) in LIBRARIES for each in code if each is not None)
+            parts += [module, vars(module).get("processor")]
+            code += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        code += [self._stock_class, *{type(part) for part in parts if part is not None}]
+        return all(_library_of(each) in LIBRARIES for each in code)
 
     @property
     def supernet(self) -> Supernet | None:
