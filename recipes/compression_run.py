@@ -471,12 +471,14 @@ def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Pat
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name != denoiser_name]
     for name in parts:
         weights = [path for path in (folder / name).glob("*") if path.suffix in (".safetensors", ".bin")]
-        if not weights or (variant is None and any(path.suffix == ".safetensors" for path in weights)):
+        plain = [path for path in weights if not OTHER_WEIGHTS.search(path.name)]
+        if not weights or (variant is None and plain):
             copy_component(folder / name, out / name)
         else:
             others = {other: None for other in index if isinstance(index[other], list) and other != name}
             pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant, **others)
-            torch.nn.Module.to(pipeline.components[name], stored_dtype(weights)).save_pretrained(out / name)
+            loaded = [path for path in weights if variant and re.search(rf"\.{re.escape(variant)}[.-]", path.name)]
+            torch.nn.Module.to(pipeline.components[name], stored_dtype(loaded or plain)).save_pretrained(out / name)
     library = type(denoiser).__module__.partition(".")[0]
     index[denoiser_name] = [library, type(denoiser).__name__]
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ from ofadiff.evaluation.clip_score import DEFAULT_CLIP, ClipScorer
 from ofadiff.evaluation.denoiser import denoiser_of
 from ofadiff.evaluation.extractors import FeatureExtractor
 from ofadiff.evaluation.feature_statistics import FeatureStatistics
+from ofadiff.evaluation.finite import NotFiniteError
 from ofadiff.evaluation.image_protocol import call_protocol, image_protocol
 from ofadiff.evaluation.measure import PEAKS
 from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
@@ -255,7 +256,7 @@ def evaluate(
 def _check_finite(row: Row) -> None:
     for name, value in row.values.items():
         if value is not None and not math.isfinite(value):
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"{name} of {row.name} ({row.series}) is {value}; no report is made of what means nothing"
             )
 

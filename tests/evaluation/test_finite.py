@@ -9,6 +9,7 @@ from tiny_stable_diffusion import save_stable_diffusion
 
 from ofadiff import OFAPipeline, evaluate
 from ofadiff.evaluation import generate
+from ofadiff.evaluation.finite import NotFiniteError
 from ofadiff.evaluation.share import Processes
 
 
@@ -103,7 +104,7 @@ def test_a_metric_that_is_no_number_is_no_dash(pipeline, monkeypatch):
     from ofadiff.evaluation.metrics import METRICS, Metric
 
     monkeypatch.setitem(METRICS, "macs", Metric(lambda subject: {"macs": np.nan}, METRICS["macs"].columns, ()))
-    with pytest.raises(RuntimeError, match=r"macs of size 1\.0 \(OFA\) is nan"):
+    with pytest.raises(NotFiniteError, match=r"macs of size 1\.0 \(OFA\) is nan"):
         evaluate(pipeline, metrics=["macs"], num_inference_steps=1, num_shown=1, progress=False)
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from recipes.test_compress_dit import arguments, files  # noqa: F401
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_stable_diffusion import save_captioned_images, save_stable_diffusion
 
 from ofadiff import OFAPipeline
@@ -92,6 +92,19 @@ def test_a_variant_and_mixed_precision(run, tmp_path):
     assert all(value.dtype is torch.bfloat16 and torch.equal(value, original[name]) for name, value in saved.items())
     text = load_file(out / "text_encoder" / "model.safetensors")
     assert {value.dtype for value in text.values()} == {torch.bfloat16}
+
+
+def test_weights_in_safetensors_for_a_variant_alone(run, tmp_path):
+    folder = half_stored(tmp_path, ())
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    original = load_file(weights)
+    AutoencoderKL.from_pretrained(folder / "vae").save_pretrained(folder / "vae", safe_serialization=False)
+    save_file({name: value.half() for name, value in original.items()}, weights.with_suffix(".fp16.safetensors"))
+    weights.unlink()
+    assert weights.with_suffix(".bin").is_file()
+    run(folder)
+    saved = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(value.dtype is torch.float32 and torch.equal(value, original[name]) for name, value in saved.items())
 
 
 def test_dit_keeps_its_vae_as_it_was_stored(files, dit_run, tmp_path):  # noqa: F811
