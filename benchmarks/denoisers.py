@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel
 from side_by_side import Comparison
 
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
-from ofadiff.cost import example_inputs
-from ofadiff.training.losses import DenoiserInputs
+from ofadiff.denoisers.inputs import example_inputs
+from ofadiff.denoisers.prepare import DenoiserInputs
 
 # Stable Diffusion 1.5; 0.6 of its channels and half of its heads (of 48 channels, as its 40) at 32×32, which two CPU
 # cores can run; and one that only tries the code. With all eight heads, the softmax over scores, whose number no width

@@ -14,8 +14,9 @@ from denoisers import make_denoiser, make_supernet, random_batch
 from side_by_side import Comparison, main
 from torch import nn
 
+from ofadiff.denoisers.prepare import DenoiserInputs
 from ofadiff.layers import cut_once
-from ofadiff.training.losses import DenoiserInputs, predict, prediction_loss
+from ofadiff.training.losses import predict, prediction_loss
 
 SIZES = (0.4, 0.7, 1.0)
 # A step of training. Gradients have the full model's size at every size: writing their zeros takes the same time for

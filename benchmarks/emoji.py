@@ -31,8 +31,8 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.utils import logging
 
 from ofadiff import OFAPipeline, evaluate
+from ofadiff.data.order import hold_out
 from ofadiff.evaluation import Report, register_extractor
-from ofadiff.training.data import hold_out
 
 EXTRACTOR = "emoji CLIP"
 UNTRAINED = "not trained jointly"

@@ -24,9 +24,11 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from ofadiff.training.encoder import TextToImageEncoder
-from ofadiff.training.families.stable_diffusion import STABLE_DIFFUSION
-from ofadiff.training.losses import denoising_loss, diffuse, prepare_latents
+from ofadiff.denoisers.encoder import TextToImageEncoder
+from ofadiff.denoisers.prepare import prepare_latents
+from ofadiff.denoisers.unet_2d_condition import STABLE_DIFFUSION
+from ofadiff.noise.diffusion import diffuse
+from ofadiff.training.losses import denoising_loss
 
 TOKENS = 16  # the longest names have more and are cut
 WORDS = "</w>"

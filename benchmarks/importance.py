@@ -15,8 +15,9 @@ from torch import nn
 
 from ofadiff import find_channel_groups, score_channels
 from ofadiff.channels import ChannelGroup
+from ofadiff.denoisers.prepare import DenoiserInputs
 from ofadiff.importance.matrices import scored_slices
-from ofadiff.training.losses import DenoiserInputs, predict, prediction_loss
+from ofadiff.training.losses import predict, prediction_loss
 
 # Samples of the 1024 that the method takes; both sides grow with them alike.
 BATCH_SIZES = {"cpu": 8, "cuda": 32}

@@ -28,10 +28,11 @@ from safetensors import safe_open
 from side_by_side import Comparison, main
 from torch import nn
 
-from ofadiff import Supernet, extracted
-from ofadiff.extracted import load_extracted
+from ofadiff import Supernet
+from ofadiff.extraction import reader
+from ofadiff.extraction.reader import load_extracted
 from ofadiff.sizes import SizeTable, Subnet
-from ofadiff.supernet import denoiser_class, read_ofa_config
+from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
 
 SIZES = (0.4, 0.7, 1.0)
 MAX_RATIO = 1.1
@@ -129,7 +130,7 @@ class CountedSlice:
 
 def bytes_read(load: Callable[[], nn.Module]) -> int:
     CountedFile.given = 0
-    with mock.patch.object(extracted, "safe_open", CountedFile):
+    with mock.patch.object(reader, "safe_open", CountedFile):
         load()
     return CountedFile.given
 

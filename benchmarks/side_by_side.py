@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ofadiff.evaluation.measure import measure_peak_memory
-from ofadiff.timing import processor_name
+from ofadiff.profiling.memory import measure_peak_memory
+from ofadiff.profiling.timing import processor_name
 
 WARMUP = 2
 

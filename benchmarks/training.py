@@ -17,8 +17,9 @@ from side_by_side import Comparison, main
 from torch import nn
 
 from ofadiff import Supernet
+from ofadiff.denoisers.prepare import DenoiserInputs
 from ofadiff.training.distill import block_outputs, distillation_loss
-from ofadiff.training.losses import DenoiserInputs, predict, prediction_loss
+from ofadiff.training.losses import predict, prediction_loss
 
 SIZES = (0.4, 0.7, 1.0)
 BATCH_SIZES = {"cpu": 2, "cuda": 16}

@@ -5,12 +5,12 @@ from typing import Any
 # diffusers asks the library of an extracted model for the base class that says how to load it.
 from diffusers import ModelMixin as ModelMixin
 
-from ofadiff.allocation import allocate
+from ofadiff.allocation.allocation import allocate
+from ofadiff.basis.rotation import rotate_attention
 from ofadiff.evaluation import evaluate
-from ofadiff.extracted import extracted_class_by_name
+from ofadiff.extraction.extracted_model import extracted_class_by_name
 from ofadiff.importance import score_channels
 from ofadiff.pipelines import OFAPipeline
-from ofadiff.rotation import rotate_attention
 from ofadiff.supernet import Supernet
 from ofadiff.unet_elastic import find_channel_groups
 

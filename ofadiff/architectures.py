@@ -13,9 +13,9 @@ from diffusers import ModelMixin
 from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
-from ofadiff.allocation import ladder
+from ofadiff.allocation.width_ladders import ladder
 from ofadiff.channels import ChannelGroup, slices_by_module
-from ofadiff.cost import count_parameters, unit_parameters
+from ofadiff.profiling.cost import count_parameters, unit_parameters
 from ofadiff.unet_elastic import elastic_parameters, find_channel_groups
 
 # Where diffusers keeps its denoisers.

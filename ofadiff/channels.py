@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -239,3 +239,15 @@ def check_widths(groups: Sequence[ChannelGroup], widths: dict[str, int]) -> None
             raise ValueError(
                 f"width of {group.name} is {widths[group.name]} units; it must lie between {least} and {group.width}"
             )
+
+
+def check_scores(groups: Sequence[ChannelGroup], scores: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError unless every group has finite scores of shape `(width,)` that are not negative."""
+    for group in groups:
+        if group.name not in scores:
+            raise ValueError(f"scores lack {group.name}; every channel group needs scores of shape (width,)")
+        score = scores[group.name]
+        if tuple(score.shape) != (group.width,):
+            raise ValueError(f"scores of {group.name} have shape {tuple(score.shape)}; it must be ({group.width},)")
+        if not torch.isfinite(score).all() or (score < 0).any():
+            raise ValueError(f"scores of {group.name} must be finite and not negative, got {score.tolist()}")

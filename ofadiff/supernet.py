@@ -10,22 +10,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import ModelMixin
 
-from ofadiff import extracted
-from ofadiff.allocation import check_scores
-from ofadiff.basis import PERMUTATION, compact, load_basis
-from ofadiff.channels import ChannelGroup, active_part, check_widths
-from ofadiff.elastic import check_can_be_elastic, kept_by_module, make_model_elastic, permute_units
+from ofadiff.adapters.size_adapter import SizeAdapter, load_size_adapters
+from ofadiff.basis.change import PERMUTATION, compact, load_basis
+from ofadiff.basis.rotation import check_not_rotated
+from ofadiff.channels import ChannelGroup, active_part, check_scores, check_widths
+from ofadiff.cutting import check_can_be_elastic, kept_by_module, make_model_elastic, permute_units
+from ofadiff.extraction.extracted_model import ExtractedModel
+from ofadiff.extraction.subnet import extract
 from ofadiff.layers import ELASTIC, is_adaptable, make_elastic
-from ofadiff.rotation import check_not_rotated
-from ofadiff.size_adapter import SizeAdapter, load_size_adapters
-from ofadiff.sizes import CONFIG_NAME, SizeTable, Subnet
-from ofadiff.structure import check_fingerprints, check_structure
+from ofadiff.sizes import SizeTable, Subnet
+from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
+from ofadiff.storage.structure import check_fingerprints, check_structure
 from ofadiff.supernet_model import (
-    FORMAT_VERSION,
     SupernetModel,
     SupernetState,
     is_adapted,
@@ -69,7 +68,7 @@ class Supernet:
         subnets: SizeTable,
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        if isinstance(model, extracted.ExtractedModel):
+        if isinstance(model, ExtractedModel):
             raise ValueError(f"the model is an extracted {type(model).__name__}; compress the original model instead")
         check_scores(groups, scores)
         for subnet in subnets:
@@ -131,7 +130,7 @@ class Supernet:
 
     @property
     def basis(self) -> dict[str, torch.Tensor]:
-        """What leads from the original model's channels to this one's, see `ofadiff.basis`."""
+        """What leads from the original model's channels to this one's, see `ofadiff.basis.change`."""
         return self._state.basis
 
     @property
@@ -277,7 +276,7 @@ class Supernet:
         self._state.check_not_fused()
         if is_adapted(self.model):
             raise ValueError("the model has adapters; fuse_lora() if they shall stay, and unload_lora_weights() first")
-        small = extracted.extract(self.model, self.groups, subnet.widths, self.basis)
+        small = extract(self.model, self.groups, subnet.widths, self.basis)
         if subnet.size in self.size_adapters:
             self._state.size_adapters[subnet.size].merge_into(small)
         return small
@@ -338,39 +337,3 @@ class Supernet:
         for size, adapter in load_size_adapters(directory, supernet.sizes).items():
             supernet.set_size_adapter(size, adapter)
         return supernet
-
-
-def read_ofa_config(directory: str | Path) -> dict[str, Any]:
-    """What `ofa_config.json` in a denoiser's folder says.
-
-    Raises:
-        ValueError: If there is none, or it was written in another format.
-    """
-    path = Path(directory) / CONFIG_NAME
-    if not path.is_file():
-        raise ValueError(
-            f"{directory} holds no {CONFIG_NAME}, so it is no OFA checkpoint; "
-            "recipes/compress_ddpm.py, compress_dit.py or compress_sd.py makes one"
-        )
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if values.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {values.get('format_version')!r}; this ofadiff reads {FORMAT_VERSION}"
-        )
-    return values
-
-
-def denoiser_class(directory: str | Path) -> type[ModelMixin]:
-    """The diffusers class that a denoiser's `config.json` names.
-
-    Raises:
-        ValueError: If there is no `config.json` or it names no diffusers model.
-    """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{directory} holds no config.json, so it is no diffusers model")
-    name = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
-    stock = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(stock, type) and issubclass(stock, ModelMixin)):
-        raise ValueError(f"{path} names the class {name!r}, which is no diffusers model")
-    return stock

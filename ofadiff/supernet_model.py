@@ -16,18 +16,17 @@ from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
-from ofadiff.basis import BASIS_NAME, save_basis
+from ofadiff.adapters.size_adapter import ADAPTERS_NAME, SizeAdapter, save_size_adapters
+from ofadiff.basis.change import BASIS_NAME, save_basis
 from ofadiff.channels import ChannelGroup, Slice
-from ofadiff.elastic import kept_by_module
-from ofadiff.files import add_to_safetensors, read_metadata, written_aside
-from ofadiff.hub import upload
-from ofadiff.refusals import refusals
-from ofadiff.size_adapter import ADAPTERS_NAME, SizeAdapter, save_size_adapters
+from ofadiff.cutting import kept_by_module
 from ofadiff.sizes import CONFIG_NAME, SizeTable
-from ofadiff.stand_in import SupernetType, stock_class
-from ofadiff.structure import STRUCTURE, WEIGHTS, fingerprint, structure_of, structure_of_folder
-
-FORMAT_VERSION = 1
+from ofadiff.stand_ins.equality import SupernetType, stock_class
+from ofadiff.stand_ins.refusals import refusals
+from ofadiff.storage.files import add_to_safetensors, read_metadata, written_aside
+from ofadiff.storage.hub import upload
+from ofadiff.storage.ofa_config import FORMAT_VERSION
+from ofadiff.storage.structure import STRUCTURE, WEIGHTS, fingerprint, structure_of, structure_of_folder
 
 
 class SizeLock:
@@ -54,7 +53,7 @@ class SupernetState:
     Attributes:
         groups: The model's channel groups.
         subnets: The sizes.
-        basis: See `ofadiff.basis`.
+        basis: See `ofadiff.basis.change`.
         provenance: JSON values that say how it was made.
         size_adapters: LoRAs of single sizes.
         sides: For every adapter of the original that follows the sizes its layers, see `adopt_adapter`.
@@ -140,7 +139,7 @@ class SupernetState:
 
     def adopt_adapter(self, model: ModelMixin, adapter: str, swapped: bool = False) -> None:
         """See `Supernet.adopt_adapter`; `swapped` says that the adapter has new weights in place of converted ones."""
-        from ofadiff.adapters import adopt_adapter  # peft is needed for adapters only
+        from ofadiff.adapters.original import adopt_adapter  # peft is needed for adapters only
 
         if adapter in self.sides and not swapped:
             raise ValueError(f"the adapter {adapter!r} follows the sizes already; converting it twice would be wrong")

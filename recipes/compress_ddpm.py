@@ -39,18 +39,12 @@ from compression_run import (
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 
+from ofadiff.data.hub_datasets import dataset_images, load_dataset_split
+from ofadiff.data.image_data import ImageData
+from ofadiff.data.images import NAMED, Images, check_images, image_folder
+from ofadiff.data.order import hold_out
+from ofadiff.denoisers.prepare import prepare_pixels
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
-from ofadiff.training.data import (
-    NAMED,
-    ImageData,
-    Images,
-    check_images,
-    dataset_images,
-    hold_out,
-    image_folder,
-    load_dataset_split,
-)
-from ofadiff.training.losses import prepare_pixels
 from ofadiff.training.train import TrainingResult
 
 

@@ -48,10 +48,10 @@ from diffusers import (
 )
 from PIL import Image
 
+from ofadiff.denoisers.class_labels import keep_labels, prepare_class_labels
+from ofadiff.denoisers.copies import copy_in
+from ofadiff.denoisers.encoder import encode_images
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
-from ofadiff.training.class_labels import keep_labels, prepare_class_labels
-from ofadiff.training.copies import copy_in
-from ofadiff.training.encoder import encode_images
 from ofadiff.training.sharding import is_sharded
 from ofadiff.training.train import TrainingResult
 

@@ -46,16 +46,22 @@ from compression_run import (
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin, StableDiffusionPipeline
 from PIL import Image
 
+from ofadiff.data.captioned_images import TextToImageData
+from ofadiff.data.captioned_stream import TextToImageStream
+from ofadiff.data.captions import dataset_captions
 from ofadiff.data.decoding import DECODING
-from ofadiff.training.copies import copy_in
-from ofadiff.training.data import check_images, dataset_images, hold_out, load_dataset_split
-from ofadiff.training.encoder import AUTOENCODERS, TextToImageEncoder, spatial_compression
-from ofadiff.training.families import FAMILIES, Family
-from ofadiff.training.flow_matching import interpolate, is_flow_matching, static_shift
-from ofadiff.training.latent_cache import LatentCache, LatentData
-from ofadiff.training.losses import ForwardProcess, diffuse, prepare_latents
-from ofadiff.training.stream import TextToImageStream
-from ofadiff.training.text_to_image import TextToImageData, dataset_captions
+from ofadiff.data.hub_datasets import dataset_images, load_dataset_split
+from ofadiff.data.images import check_images
+from ofadiff.data.latent_cache import LatentCache, LatentData
+from ofadiff.data.order import hold_out
+from ofadiff.denoisers.copies import copy_in
+from ofadiff.denoisers.encoder import AUTOENCODERS, TextToImageEncoder, spatial_compression
+from ofadiff.denoisers.families import FAMILIES
+from ofadiff.denoisers.family import Family
+from ofadiff.denoisers.prepare import prepare_latents
+from ofadiff.noise.diffusion import diffuse
+from ofadiff.noise.flow_matching import interpolate, is_flow_matching, static_shift
+from ofadiff.noise.noisy_samples import ForwardProcess
 from ofadiff.training.train import TrainingResult
 
 EXPECTED = f"a pipeline folder of a {' or '.join(FAMILIES)}"

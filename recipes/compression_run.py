@@ -31,24 +31,26 @@ from PIL import Image
 from safetensors import safe_open
 
 from ofadiff import Supernet, allocate, find_channel_groups, rotate_attention, score_channels
-from ofadiff.allocation import BUDGETS, ladders
+from ofadiff.adapters.size_adapter import ADAPTERS_NAME
+from ofadiff.allocation.budgets import BUDGETS
+from ofadiff.allocation.width_ladders import ladders
 from ofadiff.channels import ChannelGroup
-from ofadiff.cost import latency_table
+from ofadiff.commands.processes import who_fails
+from ofadiff.data.captioned_stream import TextToImageStream
+from ofadiff.data.order import Samples, fixed_batches
+from ofadiff.denoisers.copies import copy_in
+from ofadiff.denoisers.prepare import Prepare
 from ofadiff.evaluation.finite import finite_outputs
 from ofadiff.importance import CRITERIA
-from ofadiff.latency import LatencyCosts, measure_latency_costs
+from ofadiff.noise.diffusion import TARGETS
 from ofadiff.options import check_options
-from ofadiff.processes import who_fails
+from ofadiff.profiling.latency import LatencyCosts, latency_table, measure_latency_costs
 from ofadiff.reweight import STRATEGIES
-from ofadiff.size_adapter import ADAPTERS_NAME
 from ofadiff.sizes import CONFIG_NAME, MISSED_MARK, SizeTable
 from ofadiff.training.checkpoint import DENOISER, check_flags, check_same_run, find_checkpoint, list_checkpoints
-from ofadiff.training.copies import copy_in
-from ofadiff.training.data import Samples, fixed_batches
-from ofadiff.training.losses import TARGETS, Prepare, denoising_loss
+from ofadiff.training.losses import denoising_loss
 from ofadiff.training.sharding import check_sharding, is_sharded
 from ofadiff.training.single_size import SingleSize, trained_weights
-from ofadiff.training.stream import TextToImageStream
 from ofadiff.training.train import TrainingResult, run_values, train
 
 TrainData = Samples | TextToImageStream

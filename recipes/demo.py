@@ -36,12 +36,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ofadiff import OFAPipeline, evaluate
+from ofadiff.data.image_data import ImageData
+from ofadiff.data.images import image_folder
+from ofadiff.data.order import hold_out, load_batches, step_batches
+from ofadiff.denoisers.class_labels import keep_labels, prepare_class_labels
+from ofadiff.denoisers.prepare import Prepare, prepare_pixels
 from ofadiff.evaluation import VALIDATION_LOSS, Report, register_extractor
-from ofadiff.evaluation.report import TEACHER
+from ofadiff.evaluation.report.rows import TEACHER
 from ofadiff.pipelines import ClassConditionalDDPMPipeline
-from ofadiff.training.class_labels import keep_labels, prepare_class_labels
-from ofadiff.training.data import ImageData, hold_out, image_folder, load_batches, step_batches
-from ofadiff.training.losses import Prepare, denoising_loss, prepare_pixels
+from ofadiff.training.losses import denoising_loss
 from ofadiff.training.train import TrainingResult
 
 RESOLUTION = 16

@@ -31,20 +31,21 @@ from diffusers import (
 )
 
 from ofadiff import OFAPipeline
+from ofadiff.commands.processes import who_fails
+from ofadiff.data.hub_datasets import dataset_images, load_dataset_split
+from ofadiff.data.images import Images, image_folder
 from ofadiff.evaluation import METRICS, Report, evaluate, read_prompts
-from ofadiff.evaluation.clip_score import DEFAULT_CLIP
 from ofadiff.evaluation.evaluator import missing_reference, read_statistics
-from ofadiff.evaluation.extractors import find_extractor
 from ofadiff.evaluation.finite import NotFiniteError
-from ofadiff.evaluation.metrics import choose_metrics
+from ofadiff.evaluation.metrics.clip_scorer import DEFAULT_CLIP
+from ofadiff.evaluation.metrics.extractors import find_extractor
+from ofadiff.evaluation.metrics.table import choose_metrics
 from ofadiff.evaluation.saved_images import PROTOCOL_NAME
 from ofadiff.pipelines import ClassConditionalDDPMPipeline
 from ofadiff.pipelines.class_conditional import class_count
-from ofadiff.pipelines.ofa_pipeline import find_denoiser, local_folder
-from ofadiff.processes import who_fails
-from ofadiff.sizes import SizeTable
-from ofadiff.supernet import CONFIG_NAME, read_ofa_config
-from ofadiff.training.data import Images, dataset_images, image_folder, load_dataset_split
+from ofadiff.sizes import CONFIG_NAME, SizeTable
+from ofadiff.storage.ofa_config import read_ofa_config
+from ofadiff.storage.pipeline_folder import find_denoiser, local_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from ofadiff import OFAPipeline
-from ofadiff.cost import count_parameters
-from ofadiff.pipelines.ofa_pipeline import find_denoiser
-from ofadiff.size_adapter import adapter_folder
+from ofadiff.adapters.size_adapter import adapter_folder
+from ofadiff.profiling.cost import count_parameters
 from ofadiff.sizes import SizeTable
-from ofadiff.supernet import read_ofa_config
+from ofadiff.storage.ofa_config import read_ofa_config
+from ofadiff.storage.pipeline_folder import find_denoiser
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -43,18 +43,18 @@ from compression_run import (
 from diffusers import ModelMixin
 
 from ofadiff import find_channel_groups
-from ofadiff.basis import load_basis
+from ofadiff.adapters.size_adapter import SizeAdapter, adapter_folder, load_size_adapter, save_size_adapter
+from ofadiff.basis.change import load_basis
 from ofadiff.channels import ChannelGroup
+from ofadiff.denoisers.families import FAMILIES
+from ofadiff.denoisers.prepare import Prepare
 from ofadiff.evaluation.image_protocol import digest_of_weights
-from ofadiff.extracted import extract
+from ofadiff.extraction.subnet import extract
 from ofadiff.layers import is_adaptable
-from ofadiff.pipelines.ofa_pipeline import find_denoiser, local_folder
-from ofadiff.size_adapter import SizeAdapter, adapter_folder, load_size_adapter, save_size_adapter
 from ofadiff.sizes import CONFIG_NAME, SizeTable
-from ofadiff.supernet import denoiser_class, read_ofa_config
+from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
+from ofadiff.storage.pipeline_folder import find_denoiser, local_folder
 from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint
-from ofadiff.training.families import FAMILIES
-from ofadiff.training.losses import Prepare
 from ofadiff.training.single_size import SingleSize
 from ofadiff.training.train import TrainingResult, run_values
 

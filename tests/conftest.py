@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ofadiff import Supernet, allocate, find_channel_groups, rotate_attention, score_channels
-from ofadiff.basis import change_module, change_of_basis
+from ofadiff.basis.change import change_module, change_of_basis
 from ofadiff.channels import slices_by_module
-from ofadiff.inputs import example_inputs
+from ofadiff.denoisers.inputs import example_inputs
 
 torch.set_num_threads(1)
 
@@ -99,12 +99,12 @@ def unet(request: pytest.FixtureRequest) -> ModelMixin:
 def mac_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A second passes with every MAC, none with anything else, so that timing once is enough."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        monkeypatch.setattr("ofadiff.timing.time.perf_counter", lambda: counter.get_total_flops() / 2)
+        monkeypatch.setattr("ofadiff.profiling.timing.time.perf_counter", lambda: counter.get_total_flops() / 2)
         for constant, count in {
-            "timing.REPEATS": 1,
-            "timing.WARM_UP": 0,
-            "latency.WARM_UP": 0,
-            "latency.BLOCK_ROUNDS": 1,
+            "profiling.timing.REPEATS": 1,
+            "profiling.timing.WARM_UP": 0,
+            "profiling.latency.WARM_UP": 0,
+            "profiling.latency.BLOCK_ROUNDS": 1,
         }.items():
             monkeypatch.setattr(f"ofadiff.{constant}", count)
         yield

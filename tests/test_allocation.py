@@ -6,7 +6,7 @@ from conftest import make_unet
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 from ofadiff import allocate, find_channel_groups, score_channels
-from ofadiff.allocation import MIN_STEPS
+from ofadiff.allocation.width_ladders import MIN_STEPS
 
 SIZES = (0.4, 0.5, 0.65, 0.8, 0.9, 1.0)
 

@@ -22,8 +22,8 @@ from torch._dynamo.testing import CompileCounter
 
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
 from ofadiff.channels import check_widths
-from ofadiff.cost import count_macs, count_parameters
-from ofadiff.elastic import shrink_model
+from ofadiff.cutting import shrink_model
+from ofadiff.profiling.cost import count_macs, count_parameters
 from ofadiff.unet_elastic.dropped_attention import DroppedAttention
 
 TRANSFORMERS = ("DiTTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel")

@@ -2,7 +2,7 @@ import torch
 from conftest import output
 from tiny_transformers import tiny, tiny_inputs
 
-from ofadiff.cost import count_macs
+from ofadiff.profiling.cost import count_macs
 
 
 def test_counting_leaves_nothing_behind_in_the_model():

@@ -10,9 +10,9 @@ from conftest import make_unet, output, random_inputs
 from tiny_transformers import tiny, tiny_inputs
 
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
-from ofadiff.allocation import ladders
-from ofadiff.cost import latency_table, unit_costs
-from ofadiff.latency import LatencyCosts, measure_latency_costs
+from ofadiff.allocation.width_ladders import ladders
+from ofadiff.profiling.cost import unit_costs
+from ofadiff.profiling.latency import LatencyCosts, latency_table, measure_latency_costs
 
 SIZES = (0.55, 0.75, 0.9, 1.0)
 

@@ -8,7 +8,8 @@ from conftest import make_unet
 from tiny_transformers import tiny, tiny_inputs
 
 from ofadiff import Supernet, allocate, find_channel_groups
-from ofadiff.evaluation.report import MISSED_NOTE, REACHED, Report, Row
+from ofadiff.evaluation.report.report import Report
+from ofadiff.evaluation.report.rows import MISSED_NOTE, REACHED, Row
 from ofadiff.sizes import SizeTable
 from recipes.compression_run import size_table
 

@@ -3,7 +3,7 @@ import torch
 from conftest import make_unet, output, plain_unet, random_inputs, relative_error
 
 from ofadiff import Supernet, allocate, find_channel_groups, rotate_attention, score_channels
-from ofadiff.elastic import make_model_elastic, set_widths
+from ofadiff.cutting import make_model_elastic, set_widths
 
 
 def test_full_size_is_unchanged(unet):

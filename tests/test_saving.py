@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny_transformers import tiny, tiny_inputs
 
 from ofadiff import OFAPipeline, Supernet, allocate, find_channel_groups, rotate_attention, score_channels
-from ofadiff.basis import BASIS_NAME, save_basis
+from ofadiff.basis.change import BASIS_NAME, save_basis
 from ofadiff.channels import Slice
-from ofadiff.extracted import load_extracted
-from ofadiff.files import add_to_safetensors, read_metadata
+from ofadiff.extraction.reader import load_extracted
 from ofadiff.sizes import CONFIG_NAME
+from ofadiff.storage.files import add_to_safetensors, read_metadata
 
 SIZES = (0.5, 1.0)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -65,9 +65,9 @@ def test_a_killed_save_leaves_the_old_supernet_or_the_new_one(kind, tmp_path, mo
         left[0] = limit
         with monkeypatch.context() as patched:
             patched.setattr("ofadiff.supernet_model.save_basis", counted(save_basis))
-            patched.setattr("ofadiff.files.os.replace", counted(os.replace))
+            patched.setattr("ofadiff.storage.files.os.replace", counted(os.replace))
             patched.setattr("safetensors.torch.save_file", counted(save_file))
-            patched.setattr("ofadiff.files.shutil.rmtree", counted(shutil.rmtree))
+            patched.setattr("ofadiff.storage.files.shutil.rmtree", counted(shutil.rmtree))
             try:
                 new.save_pretrained(folder)
                 done = True
@@ -196,7 +196,7 @@ def test_a_changed_finder_does_not_load_old_checkpoints(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patched:
             patched.setattr("ofadiff.supernet.find_channel_groups", changed)
-            patched.setattr("ofadiff.extracted.find_channel_groups", changed)
+            patched.setattr("ofadiff.extraction.extracted_model.find_channel_groups", changed)
             with pytest.raises(ValueError, match="was made for other channel groups"):
                 Supernet.from_pretrained(tmp_path)
             with pytest.raises(ValueError, match="was made for other channel groups"):

@@ -14,8 +14,7 @@ from tiny_stable_diffusion import save_stable_diffusion
 from torch import nn
 
 from ofadiff import OFAPipeline, Supernet
-from ofadiff.layers import LowRankUpdate, make_elastic
-from ofadiff.size_adapter import (
+from ofadiff.adapters.size_adapter import (
     ADAPTER_WEIGHTS_NAME,
     ADAPTERS_NAME,
     SizeAdapter,
@@ -23,6 +22,7 @@ from ofadiff.size_adapter import (
     save_size_adapter,
     save_size_adapters,
 )
+from ofadiff.layers import LowRankUpdate, make_elastic
 
 SIZES = (0.5, 0.75, 1.0)
 # Cut layers of every kind, and two that no group cuts.
@@ -144,7 +144,7 @@ def test_a_killed_save_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
     )
     save_size_adapter(old, tmp_path, 0.5)
     with monkeypatch.context() as killed, pytest.raises(TypeError):
-        killed.setattr("ofadiff.size_adapter.json.dumps", None)  # the weights are written, the JSON is not
+        killed.setattr("ofadiff.adapters.size_adapter.json.dumps", None)  # the weights are written, the JSON is not
         save_size_adapter(new, tmp_path, 0.5)
     for expected in (old, new):
         loaded = load_size_adapters(tmp_path, SIZES)[0.5].state_dict()
@@ -154,7 +154,7 @@ def test_a_killed_save_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
 
     save_size_adapters({0.5: old, 0.75: old}, tmp_path)
     with monkeypatch.context() as killed, pytest.raises(TypeError):
-        killed.setattr("ofadiff.size_adapter.json.dumps", None)
+        killed.setattr("ofadiff.adapters.size_adapter.json.dumps", None)
         save_size_adapters({0.5: new}, tmp_path)
     assert load_size_adapters(tmp_path, SIZES).keys() == {0.5, 0.75}
     save_size_adapters({0.5: new}, tmp_path)

@@ -21,11 +21,11 @@ from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
 
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
-from ofadiff.basis import change_module, change_of_basis
+from ofadiff.basis.change import change_module, change_of_basis
 from ofadiff.channels import slices_by_module
-from ofadiff.cost import count_macs, count_parameters
-from ofadiff.elastic import kept_by_module
+from ofadiff.cutting import kept_by_module
 from ofadiff.layers import cut_once
+from ofadiff.profiling.cost import count_macs, count_parameters
 
 
 def train_a_little(supernet, steps=3):

@@ -4,7 +4,7 @@ import pytest
 from conftest import make_unet
 from torch import nn
 
-from ofadiff.timing import REPEATS, WARM_UP, measure_latencies
+from ofadiff.profiling.timing import REPEATS, WARM_UP, measure_latencies
 
 
 def test_models_are_timed_in_turns_and_get_their_medians(monkeypatch):
@@ -19,7 +19,7 @@ def test_models_are_timed_in_turns_and_get_their_medians(monkeypatch):
         now += len(calls) + 100 * (calls[-1] == "slow")
         return now
 
-    monkeypatch.setattr("ofadiff.timing.time.perf_counter", clock)
+    monkeypatch.setattr("ofadiff.profiling.timing.time.perf_counter", clock)
     latencies = measure_latencies(models.items, rounds=2)
     forwards = WARM_UP + REPEATS
     assert calls == 2 * (forwards * ["slow"] + forwards * ["fast"])

@@ -1,11 +1,13 @@
 """What every size of a checkpoint is worth: quality, agreement with the teacher, cost, and one report of it all."""
 
-from ofadiff.evaluation.clip_score import ClipScorer
+from ofadiff.data.prompts import read_prompts
 from ofadiff.evaluation.evaluator import evaluate
-from ofadiff.evaluation.extractors import register_extractor
-from ofadiff.evaluation.metrics import METRICS, Metric, Subject
-from ofadiff.evaluation.prompts import read_prompts
-from ofadiff.evaluation.report import VALIDATION_LOSS, Column, Report
+from ofadiff.evaluation.metrics.clip_scorer import ClipScorer
+from ofadiff.evaluation.metrics.extractors import register_extractor
+from ofadiff.evaluation.metrics.metric import Metric, Subject
+from ofadiff.evaluation.metrics.table import METRICS
+from ofadiff.evaluation.report.report import Report
+from ofadiff.evaluation.report.rows import VALIDATION_LOSS, Column
 from ofadiff.evaluation.sampling import generate
 
 __all__ = [

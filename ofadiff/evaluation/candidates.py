@@ -9,8 +9,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ofadiff.evaluation.denoiser import denoiser_of
-from ofadiff.evaluation.report import JOINT, TEACHER, Row
+from ofadiff.denoisers.pipelines import denoiser_of
+from ofadiff.evaluation.report.rows import JOINT, TEACHER, Row
 from ofadiff.pipelines import OFAPipeline
 
 

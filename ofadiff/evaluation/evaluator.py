@@ -17,25 +17,28 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils.data import Subset
 
-from ofadiff.cost import count_macs, count_parameters, example_inputs
-from ofadiff.evaluation import consistency
+from ofadiff.data.images import Images
+from ofadiff.denoisers.inputs import example_inputs
+from ofadiff.denoisers.pipelines import denoiser_of
 from ofadiff.evaluation.candidates import Candidate, list_candidates
-from ofadiff.evaluation.clip_score import DEFAULT_CLIP, ClipScorer
-from ofadiff.evaluation.denoiser import denoiser_of
-from ofadiff.evaluation.extractors import FeatureExtractor
-from ofadiff.evaluation.feature_statistics import FeatureStatistics
 from ofadiff.evaluation.finite import NotFiniteError
 from ofadiff.evaluation.image_protocol import call_protocol, image_protocol
-from ofadiff.evaluation.measure import PEAKS
-from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
+from ofadiff.evaluation.metrics import consistency
+from ofadiff.evaluation.metrics.clip_scorer import DEFAULT_CLIP, ClipScorer
+from ofadiff.evaluation.metrics.extractors import FeatureExtractor
+from ofadiff.evaluation.metrics.feature_statistics import FeatureStatistics
+from ofadiff.evaluation.metrics.metric import Subject
+from ofadiff.evaluation.metrics.table import METRICS, choose_metrics
 from ofadiff.evaluation.reference import RESIZE, Reference
-from ofadiff.evaluation.report import MISSED_NOTE, PARAMETERS, REACHED, TEACHER, Column, Report, Row
+from ofadiff.evaluation.report.report import Report
+from ofadiff.evaluation.report.rows import MISSED_NOTE, PARAMETERS, REACHED, TEACHER, Column, Row
 from ofadiff.evaluation.sampling import Sampling, draw_share, evaluation_mode
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import OFAPipeline
-from ofadiff.timing import REPEATS, ROUNDS, measure_latencies, processor_name
-from ofadiff.training.data import Images
+from ofadiff.profiling.cost import count_macs, count_parameters
+from ofadiff.profiling.memory import PEAKS
+from ofadiff.profiling.timing import REPEATS, ROUNDS, measure_latencies, processor_name
 
 # Fewer images than this have no KID.
 FEWEST = 4

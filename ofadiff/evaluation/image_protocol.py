@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ofadiff.evaluation.denoiser import denoiser_of
+from ofadiff.denoisers.pipelines import denoiser_of
 from ofadiff.evaluation.sampling import Sampling, call_parameters
 
 

@@ -10,9 +10,9 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from ofadiff.data.images import Images, check_images, image_folder
 from ofadiff.evaluation.sampling import to_rgb
 from ofadiff.evaluation.share import Processes
-from ofadiff.training.data import Images, check_images, image_folder
 
 RESIZE = "centre crop, then Pillow's bicubic with antialiasing"
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
-from ofadiff.evaluation.denoiser import denoiser_of
+from ofadiff.denoisers.pipelines import denoiser_of
 from ofadiff.evaluation.finite import NotFiniteError, finite_outputs
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share

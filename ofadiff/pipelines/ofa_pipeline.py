@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,16 @@ from diffusers import (
     DiffusionPipeline,
     ModelMixin,
 )
-from huggingface_hub import snapshot_download
 
-from ofadiff.basis import BASIS_NAME
-from ofadiff.extracted import WIDTHS_KEY, ExtractedModel, load_extracted
+from ofadiff.extraction.extracted_model import WIDTHS_KEY, ExtractedModel
+from ofadiff.extraction.reader import load_extracted
 from ofadiff.layers import cut_once
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline, class_count
-from ofadiff.size_adapter import ADAPTERS_NAME
+from ofadiff.pipelines.one_size import OneSizePipeline, one_size_pipeline_class
 from ofadiff.sizes import SizeTable
-from ofadiff.supernet import CONFIG_NAME, Supernet, denoiser_class, read_ofa_config
+from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
+from ofadiff.storage.pipeline_folder import find_denoiser, local_folder
+from ofadiff.supernet import Supernet
 from ofadiff.supernet_model import SupernetModel, unwrapped
 
 # They choose the class of a task themselves and cannot be made.
@@ -314,48 +314,6 @@ def ofa_pipeline_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline
     return type(stock.__name__, (OFAPipeline, stock), namespace)
 
 
-class OneSizePipeline:
-    """What the pipeline of an extracted size adds to its class: an error where a size is asked for."""
-
-    ofa_size: float
-    _stock_class: type[DiffusionPipeline]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's own call.
-
-        Raises:
-            ValueError: If it is given a size.
-        """
-        if "size" in kwargs:
-            raise ValueError(
-                f"size is {kwargs['size']!r}, but this {type(self).__name__} was extracted at size {self.ofa_size:g} "
-                "and has no other; call the OFAPipeline with size="
-            )
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce__(self) -> tuple:
-        return _new_one_size_pipeline, (self._stock_class,), self.__dict__
-
-
-@functools.cache
-def one_size_pipeline_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """A diffusers pipeline class whose call refuses `size=`, under the same name."""
-
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return OneSizePipeline.__call__(self, *args, **kwargs)
-
-    __call__.__signature__ = inspect.signature(stock.__call__)  # type: ignore[attr-defined]
-    __call__.__doc__ = stock.__call__.__doc__
-    namespace = {
-        "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
-        "__doc__": stock.__doc__,
-        "__call__": __call__,
-        "_stock_class": stock,
-    }
-    return type(stock.__name__, (OneSizePipeline, stock), namespace)
-
-
 def _mix_in_sizes(pipeline: Any, denoiser_name: str, only_subnet: SizeTable | None) -> Any:
     """Makes a pipeline around a supernet, or around one size, an `OFAPipeline` of its own class."""
     pipeline.__class__ = ofa_pipeline_class(type(pipeline))  # type: ignore[arg-type]
@@ -374,53 +332,9 @@ def _new_pipeline(stock: type[DiffusionPipeline]) -> DiffusionPipeline:
     return cls.__new__(cls)
 
 
-def _new_one_size_pipeline(stock: type[DiffusionPipeline]) -> DiffusionPipeline:
-    cls: Any = one_size_pipeline_class(stock)  # type: ignore[arg-type]
-    return cls.__new__(cls)
-
-
-def find_denoiser(directory: str | Path) -> str:
-    """Name of the component in a pipeline folder that is a supernet.
-
-    Raises:
-        ValueError: If the folder is no diffusers pipeline, or none of its components is a supernet.
-    """
-    directory = Path(directory)
-    if not (directory / "model_index.json").is_file():
-        raise ValueError(f"{directory} holds no model_index.json, so it is no diffusers pipeline folder")
-    index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
-    for component in index:
-        if (directory / component / CONFIG_NAME).is_file():
-            return component
-    raise ValueError(
-        f"{directory} holds no {CONFIG_NAME} in any component, so it is no OFA checkpoint; "
-        "recipes/compress_ddpm.py, compress_dit.py or compress_sd.py makes one"
-    )
-
-
 def _check_denoiser_not_passed(name: str, kwargs: dict[str, Any]) -> None:
     if name in kwargs:
         raise ValueError(f"{name} cannot be passed: the checkpoint's own {name} is what has the sizes")
-
-
-def local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
-    """An OFA checkpoint's folder; that of a hub repository is downloaded, as `from_pretrained`'s arguments say.
-
-    Raises:
-        ValueError: If it is neither a folder nor the name of a repository.
-    """
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name_or_path)):
-        raise ValueError(f"{name_or_path} is neither a folder nor the name of a hub repository")
-    shared = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-    options = {key: kwargs[key] for key in shared if key in kwargs}
-    for_pipeline = {key: kwargs[key] for key in ("proxies", "variant") if key in kwargs}
-    folder = DiffusionPipeline.download(str(name_or_path), **options, **for_pipeline)
-    # diffusers fetches the files that it knows; the supernet's own lie in the same snapshot.
-    own_files = [f"*/{CONFIG_NAME}", f"*/{BASIS_NAME}", f"*/{ADAPTERS_NAME}/*/*"]
-    snapshot_download(str(name_or_path), allow_patterns=own_files, **options)
-    return Path(folder)
 
 
 def _stock_pipeline_class(directory: Path, denoiser: ModelMixin) -> type[DiffusionPipeline]:

@@ -16,10 +16,10 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ofadiff.data.stream import Place
 from ofadiff.supernet import Supernet
 from ofadiff.training.sharding import gather_like, gather_to_cpu, shard, shard_like
 from ofadiff.training.single_size import SingleSize, trained_weights
-from ofadiff.training.stream import Place
 
 DENOISER = "denoiser"
 

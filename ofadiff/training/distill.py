@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ofadiff.training.losses import DenoiserInputs, mean_squared_error, predict
+from ofadiff.denoisers.prepare import DenoiserInputs
+from ofadiff.training.losses import mean_squared_error, predict
 
 # What blocks put out, by their names.
 Features = dict[str, tuple[Tensor, ...]]

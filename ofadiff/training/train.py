@@ -19,15 +19,18 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
+from ofadiff.data.captioned_stream import TextToImageStream, load_stream
+from ofadiff.data.order import Samples, fixed_batches, load_batches, step_batches
+from ofadiff.data.stream import START
+from ofadiff.denoisers.prepare import Prepare
+from ofadiff.noise.draws import Batch
 from ofadiff.reweight import sample_size
 from ofadiff.supernet import Supernet
 from ofadiff.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint, whole_supernet
-from ofadiff.training.data import Samples, fixed_batches, load_batches, step_batches
 from ofadiff.training.distill import block_outputs, distillation_loss
-from ofadiff.training.losses import Batch, Prepare, predict, prediction_loss
+from ofadiff.training.losses import predict, prediction_loss
 from ofadiff.training.sharding import check_sharding, forget_gathered, is_sharded, shard, without_weights
 from ofadiff.training.single_size import SingleSize, trained_weights
-from ofadiff.training.stream import START, TextToImageStream, load_stream
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import nn
 from ofadiff.channels import ChannelGroup
 from ofadiff.unet_elastic.finders import FINDERS
 from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
-from ofadiff.unet_elastic.verify import verify_groups
+from ofadiff.verification import verify_groups
 
 __all__ = ["FINDERS", "UnsupportedBlockError", "elastic_parameters", "find_channel_groups", "verify_groups"]
 

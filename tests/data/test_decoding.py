@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from ofadiff.data.captioned_images import TextToImageData
+from ofadiff.data.captions import dataset_captions
 from ofadiff.data.decoding import decode_image, open_image
+from ofadiff.data.hub_datasets import dataset_images, load_dataset_split
+from ofadiff.data.image_data import ImageData
+from ofadiff.data.images import image_folder
 from ofadiff.evaluation.reference import Reference
-from ofadiff.training.data import ImageData, dataset_images, image_folder, load_dataset_split
-from ofadiff.training.text_to_image import TextToImageData, dataset_captions
 
 HALF = np.zeros((16, 16, 3), np.uint8)
 HALF[:8] = 255  # white above

@@ -7,7 +7,8 @@ import pandas
 import pytest
 from PIL import Image
 
-from ofadiff.training.data import dataset_images, image_folder, load_dataset_split
+from ofadiff.data.hub_datasets import dataset_images, load_dataset_split
+from ofadiff.data.images import image_folder
 
 
 def save(path, value=0):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ofadiff.data.captioned_stream import TextToImageStream, load_stream
+from ofadiff.data.hub_datasets import load_dataset_split
 from ofadiff.data.shards import TarShards
-from ofadiff.training.data import load_dataset_split
-from ofadiff.training.stream import TextToImageStream, load_stream
 
 PER_SHARD = 10
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ofadiff.evaluation.prompts import read_prompts
+from ofadiff.data.prompts import read_prompts
 
 CASES = {
     "bom.txt": ("cat\ndog\n".encode("utf-8-sig"), ["cat", "dog"]),

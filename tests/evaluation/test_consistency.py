@@ -4,7 +4,7 @@ import torch
 from evaluation.random_images import random_images
 from skimage.metrics import peak_signal_noise_ratio
 
-from ofadiff.evaluation.consistency import psnr, ssim
+from ofadiff.evaluation.metrics.consistency import psnr, ssim
 
 
 def test_psnr_is_that_of_each_image():

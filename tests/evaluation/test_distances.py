@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ofadiff.evaluation import register_extractor
-from ofadiff.evaluation.extractors import FeatureExtractor
-from ofadiff.evaluation.fid import frechet_distance
-from ofadiff.evaluation.kid import kernel_distance
+from ofadiff.evaluation.metrics.extractors import FeatureExtractor
+from ofadiff.evaluation.metrics.fid import frechet_distance
+from ofadiff.evaluation.metrics.kid import kernel_distance
 
 
 def features(count, seed, shift=0.0, scale=1.0):

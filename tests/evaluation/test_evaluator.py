@@ -9,12 +9,12 @@ from evaluation.random_images import random_images
 from PIL import Image
 
 from ofadiff import evaluate
-from ofadiff.cost import count_macs, count_parameters
 from ofadiff.evaluation import METRICS, generate
-from ofadiff.evaluation.extractors import FeatureExtractor
-from ofadiff.evaluation.feature_statistics import FeatureStatistics
-from ofadiff.evaluation.fid import frechet_distance
+from ofadiff.evaluation.metrics.extractors import FeatureExtractor
+from ofadiff.evaluation.metrics.feature_statistics import FeatureStatistics
+from ofadiff.evaluation.metrics.fid import frechet_distance
 from ofadiff.pipelines import ClassConditionalDDPMPipeline
+from ofadiff.profiling.cost import count_macs, count_parameters
 
 QUICK = {"num_samples": 8, "num_inference_steps": 2, "extractor": "tiny", "progress": False, "num_shown": 3}
 

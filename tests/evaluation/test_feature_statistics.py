@@ -3,8 +3,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ofadiff.evaluation.feature_statistics import FeatureStatistics
-from ofadiff.evaluation.fid import frechet_distance
+from ofadiff.evaluation.metrics.feature_statistics import FeatureStatistics
+from ofadiff.evaluation.metrics.fid import frechet_distance
 
 DESCRIBED = {"extractor": "tiny", "resize": "none", "resolution": "16x16"}
 

@@ -101,7 +101,8 @@ def test_guidance_and_the_vae(stable_diffusion, part, message):
 
 
 def test_a_metric_that_is_no_number_is_no_dash(pipeline, monkeypatch):
-    from ofadiff.evaluation.metrics import METRICS, Metric
+    from ofadiff.evaluation.metrics.metric import Metric
+    from ofadiff.evaluation.metrics.table import METRICS
 
     monkeypatch.setitem(METRICS, "macs", Metric(lambda subject: {"macs": np.nan}, METRICS["macs"].columns, ()))
     with pytest.raises(NotFiniteError, match=r"macs of size 1\.0 \(OFA\) is nan"):

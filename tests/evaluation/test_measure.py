@@ -3,8 +3,8 @@ import torch
 from conftest import make_unet
 from torch import nn
 
-from ofadiff.cost import example_inputs
-from ofadiff.evaluation.measure import measure_peak_memory
+from ofadiff.denoisers.inputs import example_inputs
+from ofadiff.profiling.memory import measure_peak_memory
 
 
 class Chain(nn.Module):

@@ -6,7 +6,7 @@ from evaluation.random_images import random_images
 from PIL import Image
 
 from ofadiff.evaluation import VALIDATION_LOSS, Column, Report
-from ofadiff.evaluation.report import PARAMETERS, REACHED, TEACHER, Row
+from ofadiff.evaluation.report.rows import PARAMETERS, REACHED, TEACHER, Row
 
 FILES = {"report.json", "report.md", "report.html", "samples.png", "quality_vs_size.png"}
 

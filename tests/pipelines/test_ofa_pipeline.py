@@ -18,9 +18,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny_stable_diffusion import save_stable_diffusion
 
 from ofadiff import OFAPipeline, Supernet, layers
+from ofadiff.adapters.size_adapter import SizeAdapter, save_size_adapter
 from ofadiff.channels import active_part
-from ofadiff.pipelines import ClassConditionalDDPMPipeline, ofa_pipeline
-from ofadiff.size_adapter import SizeAdapter, save_size_adapter
+from ofadiff.pipelines import ClassConditionalDDPMPipeline
 
 
 def sample(pipeline, **arguments):
@@ -205,7 +205,9 @@ def test_a_hub_repository_is_loaded_with_its_own_files(folder, tmp_path, monkeyp
 
     known = ["model_index.json", "*/config.json", "*/scheduler_config.json", "*/diffusion_pytorch_model.safetensors"]
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **options: fetch(known))
-    monkeypatch.setattr(ofa_pipeline, "snapshot_download", lambda name, allow_patterns: fetch(allow_patterns))
+    monkeypatch.setattr(
+        "ofadiff.storage.pipeline_folder.snapshot_download", lambda name, allow_patterns: fetch(allow_patterns)
+    )
     assert torch.equal(sample(OFAPipeline.from_pretrained("someone/compressed"), size=0.5), shown)
     with pytest.raises(ValueError, match="neither a folder nor the name of a hub repository"):
         OFAPipeline.from_pretrained("/no/such/folder")

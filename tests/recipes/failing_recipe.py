@@ -4,18 +4,18 @@ import os
 import runpy
 import sys
 
-import ofadiff.training.data
+import ofadiff.data.order
 
 if __name__ == "__main__":
     ranks = sys.argv[1].split(",")
     del sys.argv[:2]
     sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-    decode = ofadiff.training.data.hold_out
+    decode = ofadiff.data.order.hold_out
 
     def hold_out(*arguments):
         if os.environ["RANK"] in ranks:
             raise ValueError(f"the disk of process {os.environ['RANK']} is full")
         return decode(*arguments)
 
-    ofadiff.training.data.hold_out = hold_out
+    ofadiff.data.order.hold_out = hold_out
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_stable_diffusion import make_vae
 
 from ofadiff import OFAPipeline, Supernet
-from ofadiff.training.class_labels import drop_labels, keep_labels
+from ofadiff.denoisers.class_labels import drop_labels, keep_labels
 from ofadiff.training.train import TrainingResult
 from recipes.compress_dit import compress, make_parser, set_up, train_and_save
 

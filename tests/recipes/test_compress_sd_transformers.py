@@ -11,7 +11,7 @@ from recipes.tiny_stable_diffusion import save_captioned_images
 from recipes.tiny_text_to_image import PIPELINES, save_pipeline
 
 from ofadiff import OFAPipeline, Supernet
-from ofadiff.training.families import FAMILIES
+from ofadiff.denoisers.families import FAMILIES
 from recipes.compress_sd import absent_components, compress, make_parser
 
 # Sana's scheduler computes with numpy as it was.

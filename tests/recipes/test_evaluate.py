@@ -260,7 +260,7 @@ def test_a_data_set_is_a_reference(flags, files, tmp_path):
 def test_a_pipeline_may_have_a_hub_name(flags, files, tmp_path, monkeypatch):
     folders = {"lab/ofa": str(files / "ofa"), "lab/original": str(files / "teacher")}
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **options: folders[name])
-    monkeypatch.setattr("ofadiff.pipelines.ofa_pipeline.snapshot_download", lambda name, **options: folders[name])
+    monkeypatch.setattr("ofadiff.storage.pipeline_folder.snapshot_download", lambda name, **options: folders[name])
     main(flags(checkpoint="lab/ofa", teacher="lab/original", compare="same=lab/original", metrics="psnr", sizes="0.5"))
     report = Report.from_json(tmp_path / "out" / "report.json")
     assert [row.series for row in report.rows] == ["teacher", "OFA", "same"]

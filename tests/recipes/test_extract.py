@@ -4,7 +4,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 
 from ofadiff import OFAPipeline
-from ofadiff.size_adapter import SizeAdapter
+from ofadiff.adapters.size_adapter import SizeAdapter
 from recipes.extract import main
 
 

@@ -11,7 +11,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
 
-from ofadiff.training.losses import prepare_pixels
+from ofadiff.denoisers.prepare import prepare_pixels
 from ofadiff.training.sharding import is_sharded, shard
 from ofadiff.training.train import averaged_weights, train
 from training.fsdp_on_cpu import make_sharded_accelerator

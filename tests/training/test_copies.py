@@ -4,7 +4,7 @@ from conftest import make_unet
 from tiny_transformers import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ofadiff.training.copies import copy_in
+from ofadiff.denoisers.copies import copy_in
 
 
 class Allocated(TorchDispatchMode):

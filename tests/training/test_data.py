@@ -4,19 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ofadiff.training.data import (
-    ImageData,
-    Images,
-    check_images,
-    dataset_images,
-    draw_keys,
-    fixed_batches,
-    hold_out,
-    image_folder,
-    load_batches,
-    load_dataset_split,
-    step_batches,
-)
+from ofadiff.data.hub_datasets import dataset_images, load_dataset_split
+from ofadiff.data.image_data import ImageData
+from ofadiff.data.images import Images, check_images, image_folder
+from ofadiff.data.order import draw_keys, fixed_batches, hold_out, load_batches, step_batches
 
 
 def save_image(path, value=100, size=(12, 10), mode="L"):

@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 
+from ofadiff.denoisers.prepare import prepare_pixels
 from ofadiff.training.distill import block_outputs, distillation_loss, feature_loss
-from ofadiff.training.losses import predict, prepare_pixels
+from ofadiff.training.losses import predict
 
 STAGES = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
 

@@ -7,11 +7,13 @@ from diffusers import DiffusionPipeline
 from recipes.tiny_stable_diffusion import save_stable_diffusion, save_stable_diffusion_xl
 from recipes.tiny_text_to_image import PIPELINES, save_pipeline
 
+from ofadiff.denoisers.encoder import TextToImageEncoder, encode_images
+from ofadiff.denoisers.families import FAMILIES
+from ofadiff.denoisers.family import pack_latents
+from ofadiff.denoisers.prepare import prepare_latents
+from ofadiff.noise.flow_matching import interpolate
 from ofadiff.training.distill import block_outputs, distillation_loss
-from ofadiff.training.encoder import TextToImageEncoder, encode_images
-from ofadiff.training.families import FAMILIES, pack_latents
-from ofadiff.training.flow_matching import interpolate
-from ofadiff.training.losses import predict, prepare_latents
+from ofadiff.training.losses import predict
 
 SAVE = {
     "sd": save_stable_diffusion,

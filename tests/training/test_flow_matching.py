@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from ofadiff.training.flow_matching import interpolate, is_flow_matching, shift_sigmas, static_shift
+from ofadiff.noise.flow_matching import interpolate, is_flow_matching, shift_sigmas, static_shift
 
 
 def test_the_target_leads_from_the_sample_to_the_image_and_to_the_noise():

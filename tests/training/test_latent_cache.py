@@ -4,10 +4,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from recipes.tiny_stable_diffusion import save_stable_diffusion, save_stable_diffusion_xl
 
-from ofadiff.training.data import Images, draw_keys, load_batches
-from ofadiff.training.encoder import TextToImageEncoder
-from ofadiff.training.latent_cache import LatentCache, LatentData
-from ofadiff.training.text_to_image import TextToImageData
+from ofadiff.data.captioned_images import TextToImageData
+from ofadiff.data.images import Images
+from ofadiff.data.latent_cache import LatentCache, LatentData
+from ofadiff.data.order import draw_keys, load_batches
+from ofadiff.denoisers.encoder import TextToImageEncoder
 from training.tiny_run import noise_image
 
 SAVE = {"sd": save_stable_diffusion, "sdxl": save_stable_diffusion_xl}

@@ -4,18 +4,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ofadiff.training.families.stable_diffusion import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
-from ofadiff.training.losses import (
-    DenoiserInputs,
-    denoising_loss,
-    diffuse,
-    draw_noise,
-    draw_normal,
-    min_snr_weight,
-    predict,
-    prepare_latents,
-    prepare_pixels,
-)
+from ofadiff.denoisers.prepare import DenoiserInputs, prepare_latents, prepare_pixels
+from ofadiff.denoisers.unet_2d_condition import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
+from ofadiff.noise.diffusion import diffuse, min_snr_weight
+from ofadiff.noise.draws import draw_noise, draw_normal
+from ofadiff.training.losses import denoising_loss, predict
 
 
 def make_batch(n=4):

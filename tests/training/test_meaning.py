@@ -7,9 +7,10 @@ import torch
 from diffusers import DDPMScheduler
 
 from ofadiff import score_channels
+from ofadiff.denoisers.prepare import prepare_pixels
+from ofadiff.noise.diffusion import diffuse, min_snr_weight
 from ofadiff.reweight import sample_size
 from ofadiff.training.checkpoint import check_flags, find_checkpoint, load_checkpoint, save_checkpoint
-from ofadiff.training.losses import diffuse, min_snr_weight, prepare_pixels
 from ofadiff.training.train import validation_losses
 from training.test_checkpoint import make_state
 from training.tiny_run import make_data, make_supernet

@@ -5,7 +5,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig, inject_adapter_in_model
 
-from ofadiff.training.losses import prepare_pixels
+from ofadiff.denoisers.prepare import prepare_pixels
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.train import train
 from training.tiny_run import make_supernet, make_teacher

@@ -4,8 +4,9 @@ import logging
 import pytest
 import torch
 
-from ofadiff.training.data import load_dataset_split, numbered_files
-from ofadiff.training.stream import START, TextToImageStream, load_stream
+from ofadiff.data.captioned_stream import TextToImageStream, load_stream
+from ofadiff.data.hub_datasets import load_dataset_split, numbered_files
+from ofadiff.data.stream import START
 from training.tiny_shards import save_shards
 
 COUNT = 12

@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ofadiff.training.data import Images
-from ofadiff.training.text_to_image import TextToImageData, dataset_captions
+from ofadiff.data.captioned_images import TextToImageData
+from ofadiff.data.captions import dataset_captions
+from ofadiff.data.images import Images
 
 SIDE = 8
 

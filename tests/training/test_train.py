@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
+from ofadiff.denoisers.prepare import prepare_pixels
 from ofadiff.reweight import STRATEGIES
-from ofadiff.training.losses import prepare_pixels
 from ofadiff.training.train import train
 from training.tiny_run import make_supernet, make_teacher
 

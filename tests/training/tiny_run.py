@@ -6,7 +6,8 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
-from ofadiff.training.data import ImageData, Images
+from ofadiff.data.image_data import ImageData
+from ofadiff.data.images import Images
 
 
 def make_teacher(dropout=0.0):

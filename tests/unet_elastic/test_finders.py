@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlockCondNorm2D
 from torch import nn
 
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
-from ofadiff.cost import count_parameters, unit_costs
+from ofadiff.profiling.cost import count_parameters, unit_costs
 from ofadiff.unet_elastic import FINDERS, elastic_parameters, verify_groups
 from ofadiff.unet_elastic.feed_forward import neurons
 from ofadiff.unet_elastic.resnet import condition_norm_resnet_groups

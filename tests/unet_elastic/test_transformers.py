@@ -16,10 +16,10 @@ from tiny_transformers import TINY, tiny, tiny_inputs
 from torch.utils._pytree import tree_leaves
 
 from ofadiff import Supernet, allocate, find_channel_groups, rotate_attention, score_channels
-from ofadiff.allocation import ladder
+from ofadiff.allocation.width_ladders import ladder
 from ofadiff.channels import row_axis, slices_by_module
-from ofadiff.cost import count_macs, count_parameters, unit_parameters
 from ofadiff.importance.matrices import scored_slices
+from ofadiff.profiling.cost import count_macs, count_parameters, unit_parameters
 from ofadiff.unet_elastic import FINDERS, verify_groups
 
 # diffusers warns of its own classes, PyTorch of some of theirs.

@@ -1,0 +1,183 @@
+"""The adapter of one size: a LoRA that was trained on that subnet, extracted, and belongs to no other size.
+
+On disk it is what peft writes, `adapter_config.json` and `adapter_model.safetensors`, in a folder per size beside the
+denoiser's weights: `unet/ofa_adapters/0.5/`. Those weights stay what they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from safetensors.torch import load_file, save_file
+
+from ofadiff.layers import LowRankUpdate
+from ofadiff.storage.files import written_aside
+
+ADAPTERS_NAME = "ofa_adapters"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+
+# What peft puts before the names of modules in its files.
+PREFIX = "base_model.model."
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+
+# Where peft leaves the base weights alone; its other ways to begin replace them.
+INITIALISATIONS = (True, False, "gaussian")
+
+
+@dataclass(frozen=True)
+class SizeAdapter:
+    """A plain LoRA of an extracted model.
+
+    Attributes:
+        config: What peft's `adapter_config.json` holds.
+        updates: What it adds to a layer, by the layer's name.
+
+    Example:
+        >>> small = supernet.extract(0.5)
+        >>> inject_adapter_in_model(LoraConfig(r=16, target_modules=["to_q", "to_k", "to_v"]), small)
+        >>> ...  # train it as any diffusers model
+        >>> supernet.set_size_adapter(0.5, SizeAdapter.from_model(small))
+    """
+
+    config: dict[str, Any]
+    updates: dict[str, LowRankUpdate]
+
+    @classmethod
+    def from_model(cls, model: ModelMixin, adapter_name: str = "default") -> SizeAdapter:
+        """A copy of the LoRA that peft has put into an extracted model.
+
+        Raises:
+            ValueError: If there is no such adapter, or it is no plain LoRA.
+        """
+        from peft.utils import get_peft_model_state_dict  # peft is needed for training only
+
+        adapters = getattr(model, "peft_config", {})  # peft gives a model this with its first adapter
+        if adapter_name not in adapters:
+            raise ValueError(f"the model has no adapter {adapter_name!r}; it has {', '.join(adapters) or 'none'}")
+        values = {**adapters[adapter_name].to_dict(), "inference_mode": True}
+        config = json.loads(json.dumps(values, default=sorted, sort_keys=True))  # its sets become lists
+        state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+        return cls.from_state_dict(config, {key: tensor.detach().clone() for key, tensor in state_dict.items()})
+
+    @classmethod
+    def from_state_dict(cls, config: dict[str, Any], state_dict: Mapping[str, torch.Tensor]) -> SizeAdapter:
+        """An adapter in peft's format.
+
+        Args:
+            config: peft's `LoraConfig` as a dict.
+            state_dict: `<module>.lora_A.weight`, `(rank, in, …)`, and `<module>.lora_B.weight`, `(out, rank, …)`.
+
+        Raises:
+            ValueError: If it is no plain LoRA.
+        """
+        plain = config["peft_type"] == "LORA" and not config.get("alpha_pattern")
+        if not plain or config.get("init_lora_weights", True) not in INITIALISATIONS:
+            raise ValueError(
+                f"the adapter is a {config['peft_type']} with alpha_pattern {config.get('alpha_pattern')} and "
+                f"init_lora_weights {config.get('init_lora_weights')!r}; a size takes a plain LoRA, one alpha for all "
+                f"layers, begun with init_lora_weights {', '.join(map(repr, INITIALISATIONS))}"
+            )
+        names = [key.removesuffix(DOWN) for key in state_dict if key.endswith(DOWN)]
+        unknown = set(state_dict) - {name + side for name in names for side in (DOWN, UP)}
+        if unknown or not names:
+            raise ValueError(f"the adapter has {min(unknown, default='no weights')!r}; a size takes a plain LoRA")
+        updates = {}
+        for name in names:
+            rank = state_dict[name + DOWN].shape[0]
+            scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            updates[name] = LowRankUpdate(state_dict[name + DOWN], state_dict[name + UP], scaling)
+        return cls(config, updates)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> SizeAdapter:
+        """Reads `adapter_config.json` and `adapter_model.safetensors`.
+
+        Raises:
+            FileNotFoundError: If one of them is missing.
+            ValueError: If it is no plain LoRA.
+        """
+        config = json.loads((Path(directory) / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+        state_dict = load_file(Path(directory) / ADAPTER_WEIGHTS_NAME)
+        return cls.from_state_dict(config, {key.removeprefix(PREFIX): value for key, value in state_dict.items()})
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """As `from_state_dict` takes it."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, update in self.updates.items():
+            tensors |= {name + DOWN: update.down, name + UP: update.up}
+        return tensors
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes what peft would: `PeftModel.from_pretrained(extracted_model, directory)` reads it too."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {PREFIX + key: tensor.contiguous() for key, tensor in self.state_dict().items()}
+        save_file(tensors, directory / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+        text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
+        (directory / ADAPTER_CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    @torch.no_grad()
+    def merge_into(self, model: ModelMixin) -> None:
+        """Adds it to the weights of the extracted model that it belongs to, in place."""
+        for name, update in self.updates.items():
+            weight = model.get_submodule(name).weight
+            weight.copy_(update.add_to(weight))
+
+
+def adapter_folder(directory: str | Path, size: float) -> Path:
+    """Where a denoiser's folder holds the adapter of a size, if it has one."""
+    return Path(directory) / ADAPTERS_NAME / str(float(size))
+
+
+def save_size_adapter(adapter: SizeAdapter, directory: str | Path, size: float) -> None:
+    """Puts a size's adapter into a denoiser's folder, in place of the one that the size had; nothing else changes.
+
+    A kill leaves whole adapters only.
+    """
+    with written_aside(adapter_folder(directory, size)) as folder:
+        adapter.save_pretrained(folder)
+
+
+def save_size_adapters(adapters: Mapping[float, SizeAdapter], directory: str | Path) -> None:
+    """Makes a denoiser's folder hold these adapters and no others; a kill takes away none that stays."""
+    for size, adapter in adapters.items():
+        save_size_adapter(adapter, directory, size)
+    kept = {adapter_folder(directory, size) for size in adapters}
+    for old in set((Path(directory) / ADAPTERS_NAME).glob("*")) - kept:
+        shutil.rmtree(old)
+
+
+def load_size_adapter(directory: str | Path, size: float) -> SizeAdapter | None:
+    """The adapter of a size in a denoiser's folder, or None if it has none.
+
+    Raises:
+        FileNotFoundError: If one of its files is missing.
+        ValueError: If it is no plain LoRA.
+    """
+    folder = adapter_folder(directory, size)
+    return SizeAdapter.from_pretrained(folder) if folder.is_dir() else None
+
+
+def load_size_adapters(directory: str | Path, sizes: Sequence[float]) -> dict[float, SizeAdapter]:
+    """The adapters of all sizes in a denoiser's folder.
+
+    Raises:
+        FileNotFoundError: If a file of an adapter is missing.
+        ValueError: If there is one of a size that is none of `sizes`, or one that is no plain LoRA.
+    """
+    folder = Path(directory) / ADAPTERS_NAME
+    found = {path.name for path in folder.glob("[!.]*")}
+    unknown = found - {str(float(size)) for size in sizes}
+    if unknown:
+        raise ValueError(f"{folder} has {min(unknown)}, but the sizes are {', '.join(f'{size:g}' for size in sizes)}")
+    loaded = {size: load_size_adapter(directory, size) for size in sizes}
+    return {size: adapter for size, adapter in loaded.items() if adapter is not None}

@@ -1,0 +1,136 @@
+"""How many units each group keeps at a size (equation 5), exact in parameters, MACs or measured costs in time.
+
+Equation 5 keeps C_l = max(min(Î_l · K_B · P · |l|, |l|), P0 · |l|) of layer l, where Î_l is the layer's share of the
+importance in its block B, K_B the number of layers there, P the retention rate and P0 its floor. So unit number w of a
+group is reached when P has grown to w / (Î_l · K_B · |l|). Sorting all steps of all groups by that P gives one
+sequence; every budget is a prefix of it, what a full layer cannot take goes to the others, and subnets nest by
+construction.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ofadiff.allocation.budgets import BUDGETS, budget_widths, cost_at, costs_of
+from ofadiff.allocation.equation_5 import paper_widths
+from ofadiff.allocation.width_ladders import ladders
+from ofadiff.channels import ChannelGroup, check_scores
+from ofadiff.profiling.cost import unit_costs
+from ofadiff.profiling.latency import LatencyCosts, measure_latency_costs
+from ofadiff.sizes import TOLERANCE, SizeTable, Subnet
+
+
+def allocate(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    scores: Mapping[str, torch.Tensor],
+    sizes: Sequence[float] = (0.4, 0.6, 0.8, 1.0),
+    budget: str = "params",
+    min_keep: float = 0.25,
+    alignment: int = 8,
+    inputs: Mapping[str, Any] | None = None,
+    latencies: LatencyCosts | None = None,
+) -> SizeTable:
+    """Widths of nested subnets, one for each size.
+
+    Scores are compared among groups of one kind in one resolution block. With `budget="channels"` the size is the
+    paper's retention rate P and equation 5 is taken as printed: all layers of a block are compared, nothing that the
+    clip takes is given to others, widths are not aligned, and the real cost is only reported.
+
+    With `budget="latency"` the size is a fraction of the time that the full model takes on the machine this runs on, on
+    the model's device and in its dtype. What is met is the sum of what groups cost, measured one by one: the latency of
+    a whole subnet can differ from it by some percent. `cost.latency_table` measures it.
+
+    Args:
+        model: The denoiser at full size.
+        groups: Its channel groups.
+        scores: For every group its scores, `(width,)`, not negative.
+        sizes: Fractions of the full model's budget, each in (0, 1]; at least one.
+        budget: What a size is a fraction of: `"params"`, `"macs"`, `"latency"`, or `"channels"`.
+        min_keep: Smallest share of its units that a group keeps, in [0, 1]. With 0, a group whose share would be less
+            than a quarter is dropped: its branch then adds nothing but a constant bias. A group that cannot be dropped
+            (`ChannelGroup.droppable`) keeps a quarter.
+        alignment: Keep multiples of this many channels (of the head dimension in attention), 1 for any number. A group
+            that would have fewer than four such widths takes finer steps. Full width always counts as aligned.
+        inputs: Keyword arguments of the forward that MACs and latency are measured on; by default
+            `example_inputs(model)`, a batch of one.
+        latencies: What `measure_latency_costs` found, for `ladders` of the same `min_keep` and `alignment`. If it is
+            not given, a budget in latency measures now. Given with another budget, subnets say their latency too.
+
+    Returns:
+        The subnets in ascending order, each within 0.5 % of the full model's budget where the units allow.
+
+    Warns:
+        UserWarning: If a size is off by more than 0.5 % of the full model's budget; names it and what it has reached.
+
+    Raises:
+        ValueError: If an argument is out of range, scores do not fit the groups, or a size is below the smallest
+            possible one, which is named, or two sizes come to the same subnet.
+
+    Example:
+        >>> subnets = allocate(unet, groups, scores, sizes=(0.5, 0.75, 1.0))
+        >>> subnets[0.5].params / subnets.full_params
+        0.5003
+    """
+    sizes = _checked_sizes(sizes)
+    if budget not in BUDGETS:
+        raise ValueError(f"budget is {budget!r}; it must be one of {', '.join(BUDGETS)}")
+    if not 0 <= min_keep <= 1:
+        raise ValueError(f"min_keep is {min_keep}; it must lie in [0, 1], where 0 lets whole branches be dropped")
+    if alignment < 1:
+        raise ValueError(f"alignment is {alignment}; it must be at least 1")
+    check_scores(groups, scores)
+    costs = unit_costs(model, groups, inputs)
+    if budget == "latency" and latencies is None:
+        latencies = measure_latency_costs(model, groups, ladders(groups, min_keep, alignment), inputs)
+
+    def total(budget: str, widths: Mapping[str, int]) -> int:
+        return cost_at(*costs_of(budget, costs, latencies), groups, widths)
+
+    if budget == "channels":
+        widths_of = {size: paper_widths(groups, scores, size, min_keep) for size in sizes}
+    else:
+        full, cost_of = costs_of(budget, costs, latencies)
+        widths_of = budget_widths(groups, scores, sizes, budget, min_keep, alignment, full, cost_of)
+    subnets = [
+        Subnet(
+            size,
+            widths,
+            total("params", widths),
+            total("macs", widths),
+            None if latencies is None else total("latency", widths) / 1e6,
+        )
+        for size, widths in widths_of.items()
+    ]
+    for smaller, larger in itertools.pairwise(subnets):
+        if smaller.widths == larger.widths:
+            raise ValueError(
+                f"sizes {smaller.size:g} and {larger.size:g} come to the same subnet; no width lies between them"
+            )
+    measured = (None, None) if latencies is None else (latencies.full / 1e6, latencies.processor)
+    table = SizeTable(subnets, budget, min_keep, costs.params, costs.macs, *measured)
+    if table.missed:
+        warnings.warn(
+            f"sizes are missed by more than {TOLERANCE:.1%} of the full model's {budget}: {table.reached_in_words()}; "
+            "the widths that its groups may have are too coarse to come closer (a smaller alignment gives more)",
+            stacklevel=2,
+        )
+    return table
+
+
+def _checked_sizes(sizes: Sequence[float]) -> list[float]:
+    ordered = sorted(float(size) for size in sizes)
+    if not ordered:
+        raise ValueError("sizes is empty; it must hold at least one fraction in (0, 1]")
+    for size in ordered:
+        if not 0 < size <= 1:
+            raise ValueError(f"size is {size:g}; every size must lie in (0, 1]")
+    if len(set(ordered)) < len(ordered):
+        raise ValueError(f"sizes are {', '.join(f'{size:g}' for size in ordered)}; every size may appear once")
+    return ordered

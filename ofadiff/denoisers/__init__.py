@@ -1,0 +1,1 @@
+"""Kinds of denoisers: one file for each says how it is called."""

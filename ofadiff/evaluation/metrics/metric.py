@@ -1,0 +1,77 @@
+"""What a metric is, and what it looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ofadiff.evaluation.metrics.clip_scorer import ClipScorer
+from ofadiff.evaluation.metrics.extractors import FeatureExtractor
+from ofadiff.evaluation.metrics.feature_statistics import FeatureStatistics
+from ofadiff.evaluation.report.rows import Column
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation; a metric finds here what it said that it needs.
+
+    Of several processes each has its share of the samples. A metric that looks at images is measured by all of them,
+    and `gather`s a value per image; a metric that looks at none, by the main process alone.
+
+    Attributes:
+        denoiser: Stand-alone: an extracted model, or the teacher.
+        images: This process' n samples, each uint8 `(3, H, W)`.
+        arguments: What these samples were asked for with, n values per name (labels, prompts).
+        gather: Values of this process' samples `(n, …)` to those of all N samples `(N, …)`.
+        is_main: Whether this is the main process, whose values count.
+        teacher_images: The teacher's samples from the same seeds; None for the teacher itself.
+        reference: Statistics of the reference features.
+        reference_features: These features, `(M, D)`.
+        extractor: What extracts them.
+        clip: What scores images against prompts.
+        latency: Seconds per forward, measured in turns with the other models.
+        batch_size: Images per forward when features are extracted.
+        cost_batch_size: Images of the forward whose latency and memory are measured.
+    """
+
+    denoiser: nn.Module
+    images: Dataset[torch.Tensor]
+    arguments: Mapping[str, Sequence[Any]]
+    gather: Callable[[torch.Tensor], torch.Tensor]
+    is_main: bool = True
+    teacher_images: Dataset[torch.Tensor] | None = None
+    reference: FeatureStatistics | None = None
+    reference_features: torch.Tensor | None = None
+    extractor: FeatureExtractor | None = None
+    clip: ClipScorer | None = None
+    latency: float | None = None
+    batch_size: int = 64
+    cost_batch_size: int = 1
+
+    @cached_property
+    def features(self) -> torch.Tensor:
+        """Features of all samples `(N, D)`."""
+        assert self.extractor is not None
+        return self.gather(self.extractor.features(self.images, self.batch_size))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How to measure something.
+
+    Attributes:
+        measure: Values by column name.
+        columns: The columns to show; further values are kept in the JSON alone.
+        needs: What it takes, of `"images"`, `"reference"` (statistics), `"reference images"`, `"teacher"`,
+            `"prompts"`, `"inputs"` (example inputs of the denoiser) and `"memory"` (a device that counts it).
+    """
+
+    measure: Callable[[Subject], Mapping[str, float | None]]
+    columns: Mapping[str, Column]
+    needs: tuple[str, ...]

@@ -1,0 +1,1 @@
+"""Classes of ofadiff that pass for classes of diffusers, and what they refuse to do."""

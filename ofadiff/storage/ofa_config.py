@@ -1,0 +1,50 @@
+"""`ofa_config.json` and the `config.json` beside it, of a supernet's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import ModelMixin
+
+from ofadiff.sizes import CONFIG_NAME
+
+FORMAT_VERSION = 1
+
+
+def read_ofa_config(directory: str | Path) -> dict[str, Any]:
+    """What `ofa_config.json` in a denoiser's folder says.
+
+    Raises:
+        ValueError: If there is none, or it was written in another format.
+    """
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{directory} holds no {CONFIG_NAME}, so it is no OFA checkpoint; "
+            "recipes/compress_ddpm.py, compress_dit.py or compress_sd.py makes one"
+        )
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {values.get('format_version')!r}; this ofadiff reads {FORMAT_VERSION}"
+        )
+    return values
+
+
+def denoiser_class(directory: str | Path) -> type[ModelMixin]:
+    """The diffusers class that a denoiser's `config.json` names.
+
+    Raises:
+        ValueError: If there is no `config.json` or it names no diffusers model.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no config.json, so it is no diffusers model")
+    name = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
+    stock = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(stock, type) and issubclass(stock, ModelMixin)):
+        raise ValueError(f"{path} names the class {name!r}, which is no diffusers model")
+    return stock
