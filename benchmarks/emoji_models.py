@@ -24,8 +24,8 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from ofadiff.denoisers.encoder import TextToImageEncoder
-from ofadiff.denoisers.prepare import prepare_latents
+from ofadiff.denoisers.encoder import Encoder
+from ofadiff.denoisers.prepare import prepare_batch
 from ofadiff.denoisers.unet_2d_condition import STABLE_DIFFUSION
 from ofadiff.noise.diffusion import diffuse
 from ofadiff.training.losses import denoising_loss
@@ -197,7 +197,7 @@ def train_unet(
 ) -> None:
     """Trains the UNet of a pipeline, in place, on images, `(N, 3, H, W)` in [-1, 1]; a tenth of the captions empty."""
     pipeline.to(device)
-    encode = TextToImageEncoder(pipeline)
+    encode = Encoder(pipeline)
     parts = [encode.encode_images(part) for part in images.split(128)]
     encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     text = torch.cat(
@@ -205,8 +205,8 @@ def train_unet(
     )
     empty = encode.encode_captions([""])["encoder_hidden_states"]
     prepare = functools.partial(
-        prepare_latents,
-        family=STABLE_DIFFUSION,
+        prepare_batch,
+        kind=STABLE_DIFFUSION,
         config=pipeline.unet.config,
         forward_process=functools.partial(
             diffuse, noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config)

@@ -1,14 +1,16 @@
 """Compress a pretrained diffusion model once, for every device."""
 
+import importlib
 from typing import Any
 
 # diffusers asks the library of an extracted model for the base class that says how to load it.
 from diffusers import ModelMixin as ModelMixin
 
-from ofadiff.allocation.allocation import allocate
+from ofadiff import old_paths
+from ofadiff.allocation import allocate
 from ofadiff.basis.rotation import rotate_attention
 from ofadiff.evaluation import evaluate
-from ofadiff.extraction.extracted_model import extracted_class_by_name
+from ofadiff.extraction import extracted_class_by_name
 from ofadiff.importance import score_channels
 from ofadiff.pipelines import OFAPipeline
 from ofadiff.supernet import Supernet
@@ -24,7 +26,11 @@ __all__ = [
     "score_channels",
 ]
 
+old_paths.install()
+
 
 def __getattr__(name: str) -> Any:
+    if f"ofadiff.{name}" in old_paths.MOVED:
+        return importlib.import_module(f"ofadiff.{name}")
     # diffusers looks up the classes of extracted models here: ofadiff.OFAUNet2DModel and the like.
     return extracted_class_by_name(name)

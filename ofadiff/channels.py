@@ -176,7 +176,7 @@ def read_active_part(stored: Any, parameter: str, kept: Kept, dtype: torch.dtype
         stored: What `safe_open(…).get_slice(key)` gives.
         parameter: `"weight"` or `"bias"`.
         kept: Slices of the module that are not at full width, each with the units kept.
-        dtype: Of the result; queries are scaled in it, as in a model of that dtype.
+        dtype: Dtype of the result; queries are scaled in it, as in a model of that dtype.
     """
     shape = stored.get_shape()
     for axis in ("out", "in"):

@@ -58,6 +58,8 @@ class Supernet:
         >>> supernet = Supernet(unet, groups, scores, subnets)
         >>> supernet.set_size(0.5)
         >>> small = supernet.extract(0.5)
+        >>> small.num_parameters() == subnets[0.5].params
+        True
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
-from ofadiff.adapters.size_adapter import ADAPTERS_NAME, SizeAdapter, save_size_adapters
+from ofadiff.adapters.size_adapter import SizeAdapter, save_size_adapters
 from ofadiff.basis.change import BASIS_NAME, save_basis
 from ofadiff.channels import ChannelGroup, Slice
 from ofadiff.cutting import kept_by_module
@@ -25,7 +25,7 @@ from ofadiff.stand_ins.equality import SupernetType, stock_class
 from ofadiff.stand_ins.refusals import refusals
 from ofadiff.storage.files import add_to_safetensors, read_metadata, written_aside
 from ofadiff.storage.hub import upload
-from ofadiff.storage.ofa_config import FORMAT_VERSION
+from ofadiff.storage.ofa_config import ADAPTERS_NAME, FORMAT_VERSION
 from ofadiff.storage.structure import STRUCTURE, WEIGHTS, fingerprint, structure_of, structure_of_folder
 
 
@@ -57,7 +57,7 @@ class SupernetState:
         provenance: JSON values that say how it was made.
         size_adapters: LoRAs of single sizes.
         sides: For every adapter of the original that follows the sizes its layers, see `adopt_adapter`.
-        size: That the model is set to.
+        size: Size that the model is set to.
         lock: Held while a size is set for some calls, and during every forward.
     """
 

@@ -34,7 +34,7 @@ def verify_groups(
         groups: Its channel groups.
         inputs: Keyword arguments of one forward call.
         tolerance: Largest accepted error, relative to the largest output.
-        dtype: Of the copy. A model that runs in float32 only needs a tolerance of 1e-4.
+        dtype: Dtype of the copy. A model that runs in float32 only needs a tolerance of 1e-4.
 
     Returns:
         For every group the larger of its two errors.

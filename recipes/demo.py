@@ -8,18 +8,15 @@ sizes in one joint run, samples every size from the same seeds, and measures eac
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from typing import Annotated
 
-import compress_ddpm
-import compress_dit
-import extract
 import torch
 import torch.nn.functional as F
+from cyclopts import Parameter
 from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
@@ -36,16 +33,34 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ofadiff import OFAPipeline, evaluate
+from ofadiff.commands.command import main, script
+from ofadiff.commands.compress import make_supernet
+from ofadiff.commands.extract import Extraction, extract
 from ofadiff.data.image_data import ImageData
 from ofadiff.data.images import image_folder
 from ofadiff.data.order import hold_out, load_batches, step_batches
-from ofadiff.denoisers.class_labels import keep_labels, prepare_class_labels
-from ofadiff.denoisers.prepare import Prepare, prepare_pixels
+from ofadiff.denoisers import DenoiserKind, Encoder, prepare_batch
+from ofadiff.denoisers.dit import DIT
+from ofadiff.denoisers.unet_2d import UNET_2D
 from ofadiff.evaluation import VALIDATION_LOSS, Report, register_extractor
 from ofadiff.evaluation.report.rows import TEACHER
+from ofadiff.noise.diffusion import diffuse
 from ofadiff.pipelines import ClassConditionalDDPMPipeline
+from ofadiff.runs import (
+    Compression,
+    Data,
+    Model,
+    Optimization,
+    Output,
+    RunSettings,
+    TrainingResult,
+    Watching,
+    save,
+    start,
+    train_jointly,
+)
 from ofadiff.training.losses import denoising_loss
-from ofadiff.training.train import TrainingResult
+from ofadiff.values import COUNT, WHOLE, Bundle, one_of
 
 RESOLUTION = 16
 CLASSES = 10
@@ -58,21 +73,19 @@ UNTRAINED = "not trained jointly"
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of denoiser.
+class Demonstrated:
+    """What is trained and compressed.
 
     Attributes:
         make: Makes one, untrained.
-        prepare: Its inputs, with a scheduler to be bound.
-        recipe: What compresses it.
+        kind: How it is called.
         learning_rate: Of its training from scratch, at its peak.
         sizes: What it is compressed to. A third of a DiT's weights turns time and class into shifts and scales of the
             whole residual stream, and stays.
     """
 
     make: Callable[[], ModelMixin]
-    prepare: Callable[..., Prepare]
-    recipe: ModuleType
+    kind: DenoiserKind
     learning_rate: float
     sizes: tuple[float, ...]
 
@@ -95,7 +108,7 @@ def make_unet() -> UNet2DModel:
 
 def make_dit() -> DiTTransformer2DModel:
     """A small DiT of grey pixels."""
-    transformer = DiTTransformer2DModel(
+    return DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=32,
         in_channels=1,
@@ -104,85 +117,102 @@ def make_dit() -> DiTTransformer2DModel:
         patch_size=2,
         num_embeds_ada_norm=CLASSES,
     )
-    keep_labels(transformer)
-    return transformer
 
 
-KINDS = {
-    "unet": Kind(make_unet, prepare_pixels, compress_ddpm, 2e-3, (0.4, 0.5, 0.6, 0.7, 0.85, 1.0)),
-    "dit": Kind(
-        make_dit,
-        functools.partial(prepare_class_labels, null_class=CLASSES),
-        compress_dit,
-        1e-3,
-        (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-    ),
+DENOISERS = {
+    "unet": Demonstrated(make_unet, UNET_2D, 2e-3, (0.4, 0.5, 0.6, 0.7, 0.85, 1.0)),
+    "dit": Demonstrated(make_dit, DIT, 1e-3, (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)),
 }
 
 
-def demo(args: argparse.Namespace) -> Report:
-    """Makes everything in `args.output_dir`.
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Demo(Bundle):
+    """How large the demo is."""
+
+    output_dir: str = "demo"
+    """folder to make; must be new or empty"""
+    denoiser: Annotated[str, one_of(DENOISERS)] = "unet"
+    """what kind of model is trained and compressed: unet or dit"""
+    teacher_steps: Annotated[int, COUNT] = 1000
+    """training steps of the original model"""
+    joint_steps: Annotated[int, COUNT] = 800
+    """training steps of the joint run"""
+    num_samples: Annotated[int, COUNT] = 300
+    """images sampled at every size"""
+    validation_samples: Annotated[int, COUNT] = 1024
+    """noisy images of a validation loss"""
+    seed: Annotated[int, WHOLE] = 0
+    """of everything random"""
+
+
+def demo(*, settings: Demo = Demo()) -> Report:
+    """Compress a small digits model to six sizes and measure them: about ten minutes on two CPU cores.
 
     Raises:
-        ValueError: If the folder holds something already.
+        ValueError: If the output folder holds something already.
     """
-    folder = Path(args.output_dir)
+    folder, shown = Path(settings.output_dir), DENOISERS[settings.denoiser]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output_dir {folder} is not empty; choose another one or remove it")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(settings.seed)
 
     print("1/5  Digits: 1797 real images, a quarter of them held out", flush=True)
     write_digits(folder / "digits")
     images = image_folder(folder / "digits")
-    seen, held_out = hold_out(len(images.names), VALIDATION_FRACTION, args.seed)
+    seen, held_out = hold_out(len(images.names), VALIDATION_FRACTION, settings.seed)
     train_data = ImageData(images, RESOLUTION, channels=1, indices=seen)
     reference = as_uint8(ImageData(images, RESOLUTION, channels=1, indices=held_out))
-    register_extractor(EXTRACTOR, train_classifier(train_data, args.seed))
+    register_extractor(EXTRACTOR, train_classifier(train_data, settings.seed))
 
-    kind = KINDS[args.denoiser]
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    teacher = kind.make()
+    teacher = shown.make()
     print(f"2/5  Teacher: a class-conditional {type(teacher).__name__}, trained from scratch", flush=True)
-    train_teacher(teacher, kind, train_data, scheduler, args.teacher_steps, args.seed)
+    train_teacher(teacher, shown, train_data, scheduler, settings)
     DDPMPipeline(teacher, scheduler).save_pretrained(folder / "teacher")
 
     print("3/5  Compression: six sizes in one joint run", flush=True)
-    compression = kind.recipe.make_parser().parse_args(
-        [
-            *("--pretrained_model_name_or_path", str(folder / "teacher")),
-            *("--train_data_dir", str(folder / "digits")),
-            *("--output_dir", str(folder / "ofa")),
-            *("--sizes", *map(str, kind.sizes)),
-            *("--validation_fraction", str(VALIDATION_FRACTION)),
-            *("--validation_samples", str(args.validation_samples)),
-            *("--max_train_steps", str(args.joint_steps)),
-            *("--train_batch_size", str(BATCH_SIZE)),
-            *("--learning_rate", "5e-4"),
-            *("--ema_decay", "0.995"),
-            *("--validation_steps", str(args.joint_steps)),
-            *("--checkpointing_steps", str(args.joint_steps)),
-            *("--num_validation_images", "0"),
-            *("--seed", str(args.seed)),
-        ]
-    )
-    setup = kind.recipe.set_up(compression)
+    run = start(compression_settings(folder, shown, settings))
+    supernet = make_supernet(run)
     # The same subnets as they are before joint training, to compare with.
-    DDPMPipeline(setup.supernet.model, scheduler).save_pretrained(folder / "untrained")
-    setup.supernet.save_pretrained(folder / "untrained" / "unet")
-    result = kind.recipe.train_and_save(compression, setup)
+    DDPMPipeline(supernet.model, scheduler).save_pretrained(folder / "untrained")
+    result = train_jointly(run, supernet)
+    save(run, supernet, result)
 
     print("4/5  Evaluation: every size from the same seeds", flush=True)
-    report = measure(folder, reference, result, args)
+    report = measure(folder, reference, result, settings)
 
     print("5/5  Two sizes as plain diffusers pipelines", flush=True)
-    extraction = ["--checkpoint", str(folder / "ofa"), "--sizes", *map(str, EXTRACTED), "--output_dir", str(folder)]
-    extract.extract(extract.make_parser().parse_args(extraction))
+    extract(extraction=Extraction(checkpoint=str(folder / "ofa"), sizes=EXTRACTED, output_dir=str(folder)))
 
     print(f"\n{report.table()}\n\n{folder / 'report.html'} shows it all.")
     return report
 
 
-def measure(folder: Path, reference: torch.Tensor, result: TrainingResult, args: argparse.Namespace) -> Report:
+def compression_settings(folder: Path, shown: Demonstrated, settings: Demo) -> RunSettings:
+    """What the joint run is asked for."""
+    return RunSettings(
+        Model(pretrained_model_name_or_path=str(folder / "teacher")),
+        Data(train_data_dir=str(folder / "digits"), validation_fraction=VALIDATION_FRACTION),
+        Output(output_dir=str(folder / "ofa")),
+        compression=Compression(sizes=shown.sizes),
+        optimization=Optimization(
+            max_train_steps=settings.joint_steps,
+            train_batch_size=BATCH_SIZE,
+            learning_rate=5e-4,
+            ema_decay=0.995,
+            seed=settings.seed,
+        ),
+        watching=Watching(
+            validation_samples=settings.validation_samples,
+            validation_steps=settings.joint_steps,
+            checkpointing_steps=settings.joint_steps,
+            num_validation_images=0,
+        ),
+    )
+
+
+def measure(folder: Path, reference: torch.Tensor, result: TrainingResult, settings: Demo) -> Report:
     """The report on every size, beside the teacher and the same subnets without joint training."""
     pipelines = {name: OFAPipeline.from_pretrained(folder / name) for name in ("ofa", "untrained")}
     denoiser = type(pipelines["ofa"].unet).from_pretrained(folder / "teacher" / "unet")
@@ -194,14 +224,14 @@ def measure(folder: Path, reference: torch.Tensor, result: TrainingResult, args:
         reference=reference,
         teacher=teacher,
         compare={UNTRAINED: pipelines["untrained"]},
-        num_samples=args.num_samples,
+        num_samples=settings.num_samples,
         batch_size=100,
-        seed=args.seed,
+        seed=settings.seed,
         num_inference_steps=INFERENCE_STEPS,
         extractor=EXTRACTOR,
         cost_batch_size=16,
         title="Handwritten digits: one model, six sizes",
-        command=f"python recipes/demo.py --denoiser {args.denoiser} --output_dir {args.output_dir}",
+        command=f"python recipes/demo.py --denoiser {settings.denoiser} --output_dir {settings.output_dir}",
     )
     first, last = result.history[0], result.history[max(result.history)]
     report.add_column("validation_loss", VALIDATION_LOSS, {**last, TEACHER: result.teacher_loss})
@@ -257,14 +287,25 @@ def train_classifier(data: ImageData, seed: int, epochs: int = 10) -> DigitFeatu
 
 
 def train_teacher(
-    teacher: ModelMixin, kind: Kind, data: ImageData, scheduler: DDPMScheduler, steps: int, seed: int
+    teacher: ModelMixin, shown: Demonstrated, data: ImageData, scheduler: DDPMScheduler, settings: Demo
 ) -> None:
     """Trains a denoiser from scratch, in place, on the denoising loss; it ends with its averaged weights."""
-    optimizer = torch.optim.AdamW(teacher.parameters(), lr=kind.learning_rate, weight_decay=0.0)
+    kind, steps = shown.kind, settings.teacher_steps
+    if kind.begin_training is not None:
+        kind.begin_training(teacher)
+    null_class = None if kind.null_class is None else kind.null_class(teacher.config)
+    prepare = functools.partial(
+        prepare_batch,
+        kind=kind,
+        config=teacher.config,
+        forward_process=functools.partial(diffuse, noise_scheduler=scheduler),
+        encode=Encoder(DDPMPipeline(teacher, scheduler), kind, null_class, class_dropout_prob=0.1),
+    )
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=shown.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=steps)
     ema = EMAModel(teacher.parameters(), decay=0.995, use_ema_warmup=True, power=3 / 4)
-    prepare = functools.partial(kind.prepare, noise_scheduler=scheduler)
-    for batch in tqdm(load_batches(data, list(step_batches(len(data), range(steps), 1, BATCH_SIZE, seed))), "Teacher"):
+    batches = list(step_batches(len(data), range(steps), 1, BATCH_SIZE, settings.seed))
+    for batch in tqdm(load_batches(data, batches), "Teacher"):
         denoising_loss(teacher, batch, prepare).mean().backward()
         nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
@@ -275,30 +316,5 @@ def train_teacher(
     teacher.eval()
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Compress a small digits model to six sizes and measure them: about ten minutes on two CPU cores.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--output_dir", default="demo", help="folder to make; must be new or empty")
-    add("--denoiser", choices=tuple(KINDS), default="unet", help="what kind of model is trained and compressed")
-    add("--teacher_steps", type=int, default=1000, help="training steps of the original model")
-    add("--joint_steps", type=int, default=800, help="training steps of the joint run")
-    add("--num_samples", type=int, default=300, help="images sampled at every size")
-    add("--validation_samples", type=int, default=1024, help="noisy images of a validation loss")
-    add("--seed", type=int, default=0, help="of everything random")
-    return parser
-
-
-def main() -> None:
-    parser = make_parser()
-    args = parser.parse_args()
-    try:
-        demo(args)
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
 if __name__ == "__main__":
-    main()
+    main(script(demo, __file__))

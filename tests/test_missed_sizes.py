@@ -10,8 +10,8 @@ from tiny_transformers import tiny, tiny_inputs
 from ofadiff import Supernet, allocate, find_channel_groups
 from ofadiff.evaluation.report.report import Report
 from ofadiff.evaluation.report.rows import MISSED_NOTE, REACHED, Row
+from ofadiff.runs.tables import size_table
 from ofadiff.sizes import SizeTable
-from recipes.compression_run import size_table
 
 # Denoisers whose whole heads are coarse, with a budget and a size that they cannot have.
 COARSE = [("FluxTransformer2DModel", "macs", 0.98), ("QwenImageTransformer2DModel", "params", 0.6)]
@@ -28,7 +28,7 @@ def test_a_missed_size_is_warned_of_and_marked(name, budget, size):
     share = table[0].macs / table.full_macs if budget == "macs" else table[0].params / table.full_params
     assert table.missed == {size: share} and abs(share - size) > 0.005
     assert f"(!) more than 0.5% of the full model's {budget} off: {size} has {share:.1%}" in repr(table)
-    lines = size_table(Supernet(model, groups, scores, table)).splitlines()
+    lines = size_table(Supernet(model, groups, scores, table).subnets).splitlines()
     assert lines[1].endswith(" (!)") and not lines[2].endswith("(!)") and lines[-1].startswith("(!) more than 0.5%")
     assert SizeTable.from_dict(table.to_dict()).missed == table.missed
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from ofadiff.layers import LowRankUpdate
 from ofadiff.storage.files import written_aside
+from ofadiff.storage.ofa_config import ADAPTERS_NAME
 
-ADAPTERS_NAME = "ofa_adapters"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 

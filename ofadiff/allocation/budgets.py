@@ -16,7 +16,6 @@ from ofadiff.sizes import TOLERANCE
 
 BUDGETS = ("params", "macs", "latency", "channels")
 
-
 # What a group costs when it keeps so many units: `cost_of(group name, units)`.
 CostOf = Callable[[str, int], int]
 

@@ -10,7 +10,6 @@ from ofadiff.channels import ChannelGroup
 # With min_keep=0 a group keeps nothing or at least this: what equation 5 puts below its own floor is dropped.
 DROP_BELOW = 0.25
 
-
 # A group whose aligned widths would be fewer than this takes finer steps: alignment must not make it rigid.
 MIN_STEPS = 4
 

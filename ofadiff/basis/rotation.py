@@ -43,6 +43,11 @@ def rotate_attention(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
 
     Raises:
         ValueError: If a group, or the model's attention, was rotated before.
+
+    Example:
+        >>> rotate_attention(unet, groups)
+        >>> sorted(next(group for group in groups if group.rotatable).basis)
+        ['query_key', 'value_output']
     """
     for group in groups:
         if group.basis is not None:

@@ -14,17 +14,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ofadiff.data.captioned_images import TextToImageData
 from ofadiff.data.captions import caption_choices, column_path, find_entry
 from ofadiff.data.decoding import decode_image, open_image
+from ofadiff.data.hub_datasets import datasets_library
 from ofadiff.data.images import NAMED, Images, reason_of
 from ofadiff.data.shards import ERROR, KEY, URL, Example, TarShards, decode_column
 from ofadiff.data.stream import Place, Stream, StreamBatches, StreamKey
 
 SPARES = 64
 
-
 # A share of fewer samples than these says little.
 ENOUGH = 100
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +37,7 @@ class TextToImageStream(Dataset[dict[str, Any]]):
         dataset: A `datasets.IterableDataset`, or `TarShards`.
         image_column: Its column of images.
         caption_column: Its column of captions: strings, or lists of strings; `json.text` is an entry of a column.
-        seed: Of the order.
+        seed: Decides the order in which samples come up.
         held_out: As many examples, the first ones, are left for validation.
         buffer_size: As in `Stream`.
         resolution: As in `TextToImageData`.
@@ -66,8 +64,7 @@ class TextToImageStream(Dataset[dict[str, Any]]):
             raise ValueError(f"the largest share of unreadable samples is {max_unreadable}; it must lie in [0, 1]")
         features = dataset.features or {}
         if not isinstance(dataset, TarShards):
-            import datasets  # an extra: an image folder needs no more than Pillow
-
+            datasets = datasets_library()
             if isinstance(features.get(image_column), datasets.Image):
                 dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
         if image_column not in features or features[image_column] is False:
@@ -112,7 +109,7 @@ class TextToImageStream(Dataset[dict[str, Any]]):
         """Keys of one process' batches, as `step_batches` gives them for data that have an index.
 
         Args:
-            place: That of some sample before these steps, or `START`.
+            place: Place of some sample before these steps, or `START`.
             steps: Optimizer steps.
             micro_steps: Batches of each step and process.
             batch_size: Samples of a batch.

@@ -30,8 +30,8 @@ def decode_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
     - Of an animation it is the frame that the image is at, the first one after opening.
 
     Args:
-        image: Of any Pillow mode.
-        mode: Of the result: `"L"`, `"RGB"`, or `"RGBA"`, which keeps transparency.
+        image: Image of any Pillow mode.
+        mode: Mode of the result: `"L"`, `"RGB"`, or `"RGBA"`, which keeps transparency.
 
     Raises:
         ValueError: If the values do not say what is black and white, or Pillow cannot convert the mode.

@@ -50,10 +50,22 @@ def _row_image(dataset: Any, image_column: str, index: int) -> Image.Image:
     return open_image(dataset[index][image_column])
 
 
+def datasets_library() -> Any:
+    """The library itself, an extra: a folder of images needs no more than Pillow.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("data sets are read with datasets: pip install ofadiff[train]") from error
+    return datasets
+
+
 def as_stored(dataset: Any, image_column: str) -> Any:
     """A data set whose rows are plain Python values, and images the files that they were: `decode_image` decodes."""
-    import datasets
-
+    datasets = datasets_library()
     dataset = dataset.with_format(None)
     if isinstance((dataset.features or {}).get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
@@ -84,7 +96,7 @@ def load_dataset_split(
     Raises:
         ValueError: If it cannot be loaded, has no such split, or some of a folder's files would be left out.
     """
-    import datasets  # an extra: an image folder needs no more than Pillow
+    datasets = datasets_library()
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     saved, saved_splits = (Path(name) / "state.json").is_file(), (Path(name) / "dataset_dict.json").is_file()

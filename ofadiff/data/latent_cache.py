@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ofadiff.data.captioned_images import TextToImageData
 from ofadiff.data.order import Key
-from ofadiff.denoisers.encoder import TextToImageEncoder
+from ofadiff.denoisers.encoder import Encoder
 
 DESCRIPTION = "latents.json"
 EMPTY_CAPTION = "empty_caption.safetensors"
@@ -67,7 +67,7 @@ class LatentCache:
     def write(
         self,
         data: TextToImageData,
-        encoder: TextToImageEncoder,
+        encoder: Encoder,
         process: int = 0,
         processes: int = 1,
         num_workers: int = 0,
@@ -130,7 +130,7 @@ class _Views(Dataset[dict[str, Any]]):
 
 
 class LatentData(Dataset[dict[str, Any]]):
-    """The samples of a `TextToImageData`, already encoded: what a `TextToImageEncoder` makes of a batch of them.
+    """The samples of a `TextToImageData`, already encoded: what a `Encoder` makes of a batch of them.
 
     Args:
         data: What was written to the cache; it draws each sample's flip and caption.

@@ -3,7 +3,8 @@
 Their order is a pure function of the seed: the shards in a new order every epoch, and their samples shuffled within
 blocks of `buffer_size`. Every process reads the whole stream and keeps its own samples of each step, so a step is the
 same however it is split; and where a block began is known, so a resumed run reads at most one shard and one block
-before it goes on exactly where it stopped.
+before it goes on exactly where it stopped. (A stream of `datasets` can be resumed too, but its shuffle buffer is then
+filled with other samples.)
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Stream:
 
     Args:
         dataset: A `datasets.IterableDataset`, or `TarShards`; it is not shuffled yet.
-        seed: Of their order.
+        seed: Decides the order in which they come up.
         held_out: So many examples, the first of the data set, never come up; see the attribute of that name.
         buffer_size: Examples that are shuffled among each other, and kept in memory.
 

@@ -20,7 +20,7 @@ def copy_in(model: Model, dtype: torch.dtype) -> Model:
 
     Args:
         model: Unchanged.
-        dtype: Of the copy's floating-point parameters and buffers.
+        dtype: Dtype of the copy's floating-point parameters and buffers.
     """
     kept = (model._keep_in_fp32_modules or []) if isinstance(model, ModelMixin) else []
     copies: dict[int, torch.Tensor] = {}

@@ -6,13 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from ofadiff.denoisers.family import Family, Text, pack_latents
+from ofadiff.denoisers.kind import TEXT_TO_IMAGE_DEFAULTS, Config, DenoiserKind, Text, pack_latents
+from ofadiff.denoisers.zeros import Zeros, packed_image_and_text
 
 PACKING = 2
 GUIDANCE_SCALE = 3.5  # what FluxPipeline's call tells the models that are told one, unless it is given another
+
+
+def example_inputs(model: nn.Module, zeros: Zeros) -> dict[str, Any]:
+    """Keyword arguments of a `FluxTransformer2DModel`."""
+    inputs = packed_image_and_text(model, zeros, axes=3)
+    return {**inputs, "pooled_projections": zeros(model.config.pooled_projection_dim)}
 
 
 def encode_captions(pipeline: Any, captions: Sequence[str]) -> Text:
@@ -21,9 +27,7 @@ def encode_captions(pipeline: Any, captions: Sequence[str]) -> Text:
     return {"encoder_hidden_states": hidden_states, "pooled_projections": pooled}
 
 
-def arguments(
-    config: Mapping[str, Any], latents: Tensor, timesteps: Tensor, encoded: Mapping[str, Any]
-) -> dict[str, Any]:
+def arguments(config: Config, latents: Tensor, timesteps: Tensor, encoded: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a `FluxTransformer2DModel`; the place of a token is its row and column."""
     n, _, height, width = latents.shape
     text = {name: encoded[name] for name in ("encoder_hidden_states", "pooled_projections")}
@@ -40,4 +44,12 @@ def arguments(
     }
 
 
-FLUX = Family(FluxPipeline, "transformer", FluxTransformer2DModel, encode_captions, arguments, PACKING)
+FLUX = DenoiserKind(
+    "FluxTransformer2DModel",
+    example_inputs,
+    components={"FluxPipeline": "transformer"},
+    arguments=arguments,
+    encode_captions=encode_captions,
+    packing=PACKING,
+    training_defaults=TEXT_TO_IMAGE_DEFAULTS,
+)

@@ -5,9 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+from torch import nn
 
-from ofadiff.denoisers.family import Family, Text, call_default, masked_text_arguments
+from ofadiff.denoisers.kind import (
+    TEXT_TO_IMAGE_DEFAULTS,
+    DenoiserKind,
+    Text,
+    call_default,
+    masked_text_arguments,
+)
+from ofadiff.denoisers.zeros import Zeros, image_and_text
+
+
+def example_inputs(model: nn.Module, zeros: Zeros) -> dict[str, Any]:
+    """Keyword arguments of a `PixArtTransformer2DModel`."""
+    config = model.config
+    inputs = image_and_text(model, zeros, config.caption_channels or config.cross_attention_dim)
+    if model.use_additional_conditions:
+        inputs["added_cond_kwargs"] = {"resolution": zeros(2), "aspect_ratio": zeros(1)}
+    else:
+        inputs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    return inputs
 
 
 def encode_captions(pipeline: Any, captions: Sequence[str]) -> Text:
@@ -21,11 +39,12 @@ def encode_captions(pipeline: Any, captions: Sequence[str]) -> Text:
     return {"encoder_hidden_states": hidden_states, "encoder_attention_mask": mask}
 
 
-PIXART_SIGMA = Family(
-    PixArtSigmaPipeline,
-    "transformer",
-    PixArtTransformer2DModel,
-    encode_captions,
-    masked_text_arguments,
+PIXART_SIGMA = DenoiserKind(
+    "PixArtTransformer2DModel",
+    example_inputs,
+    components={"PixArtSigmaPipeline": "transformer"},
+    arguments=masked_text_arguments,
+    encode_captions=encode_captions,
     call_options={"use_resolution_binning": False},
+    training_defaults=TEXT_TO_IMAGE_DEFAULTS,
 )

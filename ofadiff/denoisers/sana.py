@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers import SanaPipeline, SanaTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from ofadiff.denoisers.family import Family, Text, call_default, masked_text_arguments, where_empty
+from ofadiff.denoisers.kind import (
+    TEXT_TO_IMAGE_DEFAULTS,
+    Config,
+    DenoiserKind,
+    Text,
+    call_default,
+    masked_text_arguments,
+    where_empty,
+)
+from ofadiff.denoisers.zeros import Zeros, guidance, image_and_text
+
+
+def example_inputs(model: nn.Module, zeros: Zeros) -> dict[str, Any]:
+    """Keyword arguments of a `SanaTransformer2DModel`."""
+    return image_and_text(model, zeros, model.config.caption_channels) | guidance(model, zeros)
 
 
 def encode_captions(pipeline: Any, captions: Sequence[str]) -> Text:
@@ -30,18 +43,17 @@ def _encode(pipeline: Any, captions: Sequence[str], instruction: list[str] | Non
     return {"encoder_hidden_states": hidden_states, "encoder_attention_mask": mask}
 
 
-def arguments(
-    config: Mapping[str, Any], latents: Tensor, timesteps: Tensor, encoded: Mapping[str, Any]
-) -> dict[str, Any]:
+def arguments(config: Config, latents: Tensor, timesteps: Tensor, encoded: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a `SanaTransformer2DModel`."""
     return masked_text_arguments(config, latents, timesteps * config["timestep_scale"], encoded)
 
 
-SANA = Family(
-    SanaPipeline,
-    "transformer",
-    SanaTransformer2DModel,
-    encode_captions,
-    arguments,
+SANA = DenoiserKind(
+    "SanaTransformer2DModel",
+    example_inputs,
+    components={"SanaPipeline": "transformer"},
+    arguments=arguments,
+    encode_captions=encode_captions,
     call_options={"use_resolution_binning": False},
+    training_defaults=TEXT_TO_IMAGE_DEFAULTS,
 )

@@ -9,12 +9,14 @@ from ofadiff.evaluation.metrics.table import METRICS
 from ofadiff.evaluation.report.report import Report
 from ofadiff.evaluation.report.rows import VALIDATION_LOSS, Column
 from ofadiff.evaluation.sampling import generate
+from ofadiff.evaluation.settings import EvaluationSettings
 
 __all__ = [
     "METRICS",
     "VALIDATION_LOSS",
     "ClipScorer",
     "Column",
+    "EvaluationSettings",
     "Metric",
     "Report",
     "Subject",

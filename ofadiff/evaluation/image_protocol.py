@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from ofadiff.denoisers.pipelines import denoiser_of
 from ofadiff.evaluation.sampling import Sampling, call_parameters
+from ofadiff.storage.digest import digest_of_weights
 
 
 def image_protocol(
@@ -23,8 +23,8 @@ def image_protocol(
     Args:
         pipeline: What draws them.
         sampling: How.
-        resolution: Of the images, such as `"64x64"`.
-        digests: Of components other than denoisers, which sizes share; gets those that are new.
+        resolution: Resolution of the images, such as `"64x64"`.
+        digests: Digests of components other than denoisers, which sizes share; gets those that are new.
 
     Raises:
         ValueError: If the arguments per image cannot be written as JSON.
@@ -68,13 +68,3 @@ def _digest_of_values(name: str, values: list[Any]) -> str:
     except TypeError as error:
         raise ValueError(f"images are kept with JSON arguments only, and {name!r} is none: {error}") from error
     return f"{len(values)}, SHA-256 {hashlib.sha256(content).hexdigest()}"
-
-
-@torch.no_grad()
-def digest_of_weights(model: nn.Module) -> str:
-    """What tells a model's weights from any others."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
-    return f"SHA-256 {digest.hexdigest()}"

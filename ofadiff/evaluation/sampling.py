@@ -13,12 +13,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
-from ofadiff.denoisers.pipelines import denoiser_of
+from ofadiff.denoisers.pipelines import class_count, denoiser_of
 from ofadiff.evaluation.finite import NotFiniteError, finite_outputs
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
-from ofadiff.pipelines.class_conditional import class_count
 
 # What `generate` gives to a pipeline's call itself, or what would change how many images come of it.
 RESERVED = (
@@ -136,7 +135,7 @@ class Sampling:
 
         Args:
             pipeline: What draws.
-            indices: Of the images.
+            indices: Indices of the images.
             size: As in `generate`.
             name: What to call the model in an error.
 
@@ -228,7 +227,7 @@ def check_arguments(
     if "prompt" in parameters and given.isdisjoint(("prompt", "prompt_embeds")):
         raise ValueError(
             f"this {type(pipeline).__name__} makes images of prompts, and there are none; give arguments="
-            '{"prompt": [...]}, or recipes/evaluate.py a --prompts_file'
+            '{"prompt": [...]}, or `ofadiff evaluate` a --prompts_file'
         )
 
 

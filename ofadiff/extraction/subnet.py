@@ -22,7 +22,7 @@ def extract(
         model: The denoiser with its full parameters, elastic or stock; unchanged.
         groups: Its channel groups.
         widths: Units that every group keeps.
-        basis: That the full weights are in.
+        basis: Basis that the full weights are in, which adapters of the original have to pass through.
 
     Returns:
         A stand-alone copy in eval mode, of class `OFA<DiffusersClass>`, with `model`'s device, dtype and memory format.

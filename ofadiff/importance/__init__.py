@@ -48,6 +48,8 @@ def score_channels(
 
     Example:
         >>> scores = score_channels(unet, groups, batches, loss_fn, criterion="taylor")
+        >>> scores[groups[0].name].shape == (groups[0].width,)
+        True
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion is {criterion!r}; it must be one of {', '.join(sorted(CRITERIA))}")

@@ -33,7 +33,6 @@ TARGETS: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "sample": _sample,
 }
 
-
 # What min(SNR, γ) is divided by, so that the loss counts as one on x0 does: (SNR) -> divisor.
 SNR_DIVISORS: dict[str, Callable[[Tensor], Tensor]] = {
     "epsilon": lambda snr: snr,

@@ -19,7 +19,7 @@ def draw_noise(seeds: Tensor, shape: tuple[int, ...], num_timesteps: int) -> tup
 
     Args:
         seeds: Shape `(N,)`, integer.
-        shape: Of one sample, `(C, H, W)`.
+        shape: Shape of one sample, `(C, H, W)`.
         num_timesteps: Timesteps are drawn uniformly from 0 to this, exclusive.
 
     Returns:

@@ -40,7 +40,7 @@ def interpolate(x0: Tensor, seeds: Tensor, shift: float = 1.0, num_train_timeste
     Args:
         x0: What is denoised, `(N, C, H, W)`.
         seeds: `(N,)`, integers that fix each sample's σ and ε.
-        shift: Of `shift_sigmas`.
+        shift: Shift of `shift_sigmas`.
         num_train_timesteps: What σ is counted in.
     """
     sigmas = shift_sigmas(draw_normal(seeds, (), "sigma").sigmoid(), shift).to(x0)

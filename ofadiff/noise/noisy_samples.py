@@ -16,7 +16,7 @@ class NoisySamples:
         sample: x_t, `(N, C, H, W)`.
         timesteps: `(N,)`, as the pipeline's scheduler counts them.
         target: What the denoiser should predict, `(N, C, H, W)`.
-        weight: Of each sample's loss, `(N,)`.
+        weight: Weight of each sample's loss, `(N,)`.
     """
 
     sample: Tensor

@@ -7,14 +7,10 @@ import json
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDPMPipeline, DiTTransformer2DModel, ImagePipelineOutput, ModelMixin
+from diffusers import DDPMPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-
-def class_count(denoiser: ModelMixin) -> int | None:
-    """How many classes a denoiser is conditioned on; None if it is unconditional."""
-    name = "num_embeds_ada_norm" if isinstance(denoiser, DiTTransformer2DModel) else "num_class_embeds"
-    return denoiser.config[name]
+from ofadiff.denoisers.pipelines import class_count
 
 
 class ClassConditionalDDPMPipeline(DDPMPipeline):

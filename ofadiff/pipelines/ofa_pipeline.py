@@ -21,10 +21,11 @@ from diffusers import (
     ModelMixin,
 )
 
+from ofadiff.denoisers.pipelines import class_count
 from ofadiff.extraction.extracted_model import WIDTHS_KEY, ExtractedModel
 from ofadiff.extraction.reader import load_extracted
 from ofadiff.layers import cut_once
-from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline, class_count
+from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
 from ofadiff.pipelines.one_size import OneSizePipeline, one_size_pipeline_class
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
@@ -46,10 +47,10 @@ class OFAPipeline:
     class: schedulers, callbacks, devices, other components.
 
     Example:
-        >>> pipeline = OFAPipeline.from_pretrained("my-ofa-checkpoint")
+        >>> pipeline = OFAPipeline.from_pretrained("ofa")
         >>> pipeline.sizes
-        (0.4, 0.6, 0.8, 1.0)
-        >>> images = pipeline(size=0.6).images
+        (0.5, 1.0)
+        >>> images = pipeline(size=0.5, num_inference_steps=2).images
     """
 
     _denoiser_name: str

@@ -212,7 +212,7 @@ def latency_table(
     Args:
         supernet: At any size.
         inputs: Keyword arguments of the forward; by default `example_inputs`, a batch of one.
-        dtype: Of the models; the supernet's by default.
+        dtype: Dtype of the models; the supernet's by default.
 
     Returns:
         Seconds: of `"full"`, and of every size by its name, such as `"0.4"`, from the largest to the smallest.

@@ -11,8 +11,8 @@ def upload(model: Any, name: str, variant: str | None, options: Mapping[str, Any
 
     Args:
         model: A diffusers model.
-        name: Of the repository, if the options have no `repo_id`.
-        variant: Of the weight files.
+        name: Name of the repository, if the options have no `repo_id`.
+        variant: Variant of the weight files.
         options: `repo_id`, `commit_message`, `private`, `create_pr` and `token`, as diffusers takes them.
     """
     known = ("commit_message", "private", "create_pr", "token")

@@ -13,6 +13,9 @@ from ofadiff.sizes import CONFIG_NAME
 
 FORMAT_VERSION = 1
 
+# The folder of the adapters of sizes, beside it.
+ADAPTERS_NAME = "ofa_adapters"
+
 
 def read_ofa_config(directory: str | Path) -> dict[str, Any]:
     """What `ofa_config.json` in a denoiser's folder says.
@@ -23,8 +26,7 @@ def read_ofa_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
         raise ValueError(
-            f"{directory} holds no {CONFIG_NAME}, so it is no OFA checkpoint; "
-            "recipes/compress_ddpm.py, compress_dit.py or compress_sd.py makes one"
+            f"{directory} holds no {CONFIG_NAME}, so it is no OFA checkpoint; `ofadiff compress` makes one"
         )
     values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("format_version") != FORMAT_VERSION:

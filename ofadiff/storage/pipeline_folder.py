@@ -12,9 +12,9 @@ from diffusers import (
 )
 from huggingface_hub import snapshot_download
 
-from ofadiff.adapters.size_adapter import ADAPTERS_NAME
 from ofadiff.basis.change import BASIS_NAME
 from ofadiff.sizes import CONFIG_NAME
+from ofadiff.storage.ofa_config import ADAPTERS_NAME
 
 
 def find_denoiser(directory: str | Path) -> str:
@@ -31,8 +31,7 @@ def find_denoiser(directory: str | Path) -> str:
         if (directory / component / CONFIG_NAME).is_file():
             return component
     raise ValueError(
-        f"{directory} holds no {CONFIG_NAME} in any component, so it is no OFA checkpoint; "
-        "recipes/compress_ddpm.py, compress_dit.py or compress_sd.py makes one"
+        f"{directory} holds no {CONFIG_NAME} in any component, so it is no OFA checkpoint; `ofadiff compress` makes one"
     )
 
 

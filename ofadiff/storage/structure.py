@@ -68,7 +68,7 @@ def check_structure(folder: Path, values: Mapping[str, Any], variant: str | None
     Args:
         folder: The denoiser's.
         values: What its `ofa_config.json` says.
-        variant: Of the weights that are to be read.
+        variant: Variant of the weights that are to be read.
     """
     try:
         weights = list(weight_files(folder, variant))

@@ -1,4 +1,8 @@
-"""Checkpoints of a training run, in safetensors and JSON, from which it goes on as if it had never stopped."""
+"""Checkpoints of a training run, in safetensors and JSON, from which it goes on as if it had never stopped.
+
+`torch.distributed.checkpoint` and accelerate's `save_state` would do that too, but both pickle something: the one its
+metadata, the other random states. And neither knows the average of the weights, or whether it is the same run.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +82,7 @@ def save_checkpoint(
     same whether FSDP splits the weights or not.
 
     Args:
-        state: Of the run.
+        state: State of the run.
         output_dir: Where to write it.
         total_limit: How many checkpoints are kept; None for all.
         write: Whether this process writes. Of several, all have to call this, and one writes.

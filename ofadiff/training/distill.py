@@ -88,8 +88,8 @@ def distillation_loss(
         prediction: The student's, `(N, C, H, W)`.
         features: The student's `block_outputs`; the teacher's are taken at the same blocks. If empty, only the
             predictions count.
-        weight: Of the squared distance of the predictions, which has the scale of the denoising loss.
-        feature_weight: Of `feature_loss`, whose terms are relative errors.
+        weight: Weight of the squared distance of the predictions, which has the scale of the denoising loss.
+        feature_weight: Weight of `feature_loss`, whose terms are relative errors.
     """
     with torch.no_grad(), block_outputs(teacher, list(features)) as teacher_features:
         teacher_prediction = predict(teacher, inputs)

@@ -35,9 +35,9 @@ def find_channel_groups(model: nn.Module) -> list[ChannelGroup]:
         ValueError: If no block of the model is known.
 
     Example:
-        >>> groups = find_channel_groups(UNet2DModel.from_pretrained("google/ddpm-cifar10-32"))
+        >>> groups = find_channel_groups(unet)
         >>> groups[0].name, groups[0].kind, groups[0].width, groups[0].channels_per_unit
-        ('down_blocks.0.resnets.0', 'convolution', 32, 4)
+        ('down_blocks.0.resnets.0', 'convolution', 8, 4)
     """
     groups: list[ChannelGroup] = []
     rigid: dict[str, list[str]] = {}

@@ -8,8 +8,9 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ofadiff.channels import ChannelGroup, Slice
+from ofadiff.unet_elastic.attention_layers import OUTPUTS, WHOLE_HEADS, attention_kind, layers_of
 from ofadiff.unet_elastic.dropped_attention import droppable
-from ofadiff.unet_elastic.heads import OUTPUTS, WHOLE_HEADS, attention_kind, head_group, layers_of
+from ofadiff.unet_elastic.heads import head_group
 from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
 
 # Processors that take the head dimension as they find it, and have nothing between projections and products but q/k

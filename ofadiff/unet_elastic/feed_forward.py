@@ -47,7 +47,7 @@ def neurons(*writers: str, reader: str, kind: str = "feed_forward") -> Callable[
         *writers: Layers that make the neurons, what gates them and what follows them (depthwise convolutions, norms). A
             fused projection makes both halves.
         reader: The layer that reads them.
-        kind: Of the group; its scores are compared with those of the same kind.
+        kind: Kind of the group; its scores are compared with those of the same kind.
     """
     return partial(_neuron_groups, writers=writers, reader=reader, kind=kind)
 

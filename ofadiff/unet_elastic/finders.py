@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ofadiff.channels import ChannelGroup
 from ofadiff.unet_elastic.attention import attention_groups
 from ofadiff.unet_elastic.feed_forward import feed_forward_groups, neurons
-from ofadiff.unet_elastic.heads import head_groups, text_head_or_value_groups, value_groups
+from ofadiff.unet_elastic.heads import head_groups
 from ofadiff.unet_elastic.resnet import (
     condition_norm_resnet_groups,
     kandinsky3_groups,
@@ -15,6 +15,7 @@ from ofadiff.unet_elastic.resnet import (
     temporal_convolution_groups,
 )
 from ofadiff.unet_elastic.single_stream import fused_single_stream_groups, single_stream_groups
+from ofadiff.unet_elastic.value_offsets import text_head_or_value_groups, value_groups
 
 # A new kind of block is one line here, and one file where no finder fits. Classes stand under their full names, so that
 # a release of diffusers that lacks one of them is no error. Exact classes only: a subclass may compute something else.

@@ -9,81 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from ofadiff.channels import ChannelGroup, Resize, Slice
+from ofadiff.unet_elastic.attention_layers import (
+    DROPPABLE_OUTPUTS,
+    FUSED,
+    HEADS,
+    INPUT_NORMS,
+    KEY_NORMS,
+    KEYS_AND_VALUES,
+    NOT_DROPPABLE,
+    OUTPUTS,
+    QUERIES,
+    QUERY_NORMS,
+    WIDTHS,
+    attention_kind,
+    check_processor,
+    key_heads,
+    layers_of,
+    scale_attributes,
+    width_of,
+)
 from ofadiff.unet_elastic.dropped_attention import droppable
 from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
-
-# What an attention calls its layers, over all of diffusers. Rows of a fused projection repeat the layout.
-QUERIES = ("to_q", "add_q_proj", "to_q_t", "q_img", "to_query", "to_gate")
-KEYS_AND_VALUES = (
-    *("to_k", "to_v", "add_k_proj", "add_v_proj", "to_k_t", "to_v_t", "k_img", "v_img", "to_key", "to_value"),
-    *("to_kv", "txt_kv_proj"),
-)
-FUSED = ("to_qkv", "img_attn_qkv", "txt_attn_qkv", "img_qkv_proj")
-OUTPUTS = ("to_out.0", "to_out", "to_add_out", "to_out_t", "out_layer", "img_attn_proj", "txt_attn_proj")
-DROPPABLE_OUTPUTS = {"to_out.0", "to_out", "to_add_out", "out_layer"}
-QUERY_NORMS = (
-    *("norm_q", "norm_added_q", "q_norm", "query_norm", "q_rms_norm", "q_rms_norm_t", "q_img_norm"),
-    *("img_attn_q_norm", "txt_attn_q_norm"),
-)
-KEY_NORMS = (
-    *("norm_k", "norm_added_k", "k_norm", "key_norm", "k_rms_norm", "k_rms_norm_t", "k_img_norm"),
-    *("img_attn_k_norm", "txt_attn_k_norm"),
-)
-# Layers before the projections, on the residual stream.
-INPUT_NORMS = ("group_norm", "spatial_norm", "norm_cross", "pre_norm_q", "pre_norm_kv")
-
-# What an attention remembers of its width, in proportion to its heads.
-HEADS = ("heads", "num_heads", "num_attention_heads")
-KEY_HEADS = ("kv_heads", "num_kv_heads", "num_key_value_heads")
-WIDTHS = (*HEADS, *KEY_HEADS, "sliceable_head_dim", "inner_dim", "inner_kv_dim", "kv_inner_dim")
-
-# Processors of the class `Attention` with rotary embeddings, or whose attention is linear: the unit is a whole head.
-WHOLE_HEADS = {
-    "AllegroAttnProcessor2_0",
-    "AuraFlowAttnProcessor2_0",
-    "BriaAttnProcessor",
-    "CogVideoXAttnProcessor2_0",
-    "CogView4AttnProcessor",
-    "CosmosAttnProcessor2_0",
-    "CosmosAttnProcessor2_5",
-    "DreamLiteAttnProcessor2_0",
-    "EasyAnimateAttnProcessor2_0",
-    "GlmImageAttnProcessor",
-    "HiDreamAttnProcessor",
-    "HunyuanAttnProcessor2_0",
-    "HunyuanImageAttnProcessor",
-    "HunyuanVideo15AttnProcessor2_0",
-    "HunyuanVideoAttnProcessor2_0",
-    "Lumina2AttnProcessor2_0",
-    "NucleusMoEAttnProcessor2_0",
-    "OmniGenAttnProcessor2_0",
-    "QwenDoubleStreamAttnProcessor2_0",
-    "SanaLinearAttnProcessor2_0",
-    "SanaLinearAttnProcessor3_0",
-    "StableAudioAttnProcessor2_0",
-    "ZSingleStreamAttnProcessor",
-}
-# Attentions that put two streams together in ways of their own, and those that were not tried: they keep a head.
-NOT_DROPPABLE = {
-    "CogVideoXAttnProcessor2_0",
-    "CogView4AttnProcessor",
-    "Cosmos3AttnProcessor",
-    "GlmImageAttnProcessor",
-    "Kandinsky6SRAttnProcessor",
-    "MiniMaxMusic3DepthAttnProcessor",
-    "RFD4ProteinaPairAttnProcessor",
-    "SanaWMCrossAttnProcessor",
-    "SanaWMLTX2AudioVideoAttnProcessor",
-    "SanaWMLTX2PerturbedAttnProcessor",
-    "SanaWMLTX2RefinerAttnProcessor",
-    "WanAnimate2AttnProcessor",
-}
-# Norms that have a width even where they have no weights.
-_NORMS = (nn.LayerNorm, nn.RMSNorm, RMSNorm)
 
 
 def head_groups(name: str, attn: nn.Module, stage: str) -> list[ChannelGroup]:
@@ -109,7 +58,7 @@ def head_group(
     Args:
         name: Dotted name of the attention.
         attn: The attention.
-        stage: Of the group.
+        stage: Stage of the group.
         inner: Channels of all its heads together.
         readers: Dotted names of the layers whose first `inner` columns read the heads.
         more: Further attributes that grow with the heads, with their values at full width.
@@ -126,21 +75,15 @@ def head_group(
         raise UnsupportedBlockError(f"its {heads} query heads share {units} key heads")
     for parameter, _ in attn.named_parameters(recurse=False):
         raise UnsupportedBlockError(f"no rule covers its parameter {parameter}")
-    queries, keys = heads // units * head_dim, head_dim
+    queries = heads // units * head_dim
     slices = []
     for layer, module in layers_of(attn).items():
-        if layer in (*QUERIES, *FUSED, *QUERY_NORMS):
-            channels = queries
-        elif layer in (*KEYS_AND_VALUES, *KEY_NORMS):
-            channels = keys
-        elif layer in (*OUTPUTS, *INPUT_NORMS):
+        channels = _channels_of(layer, queries, head_dim)
+        length = width_of(module)
+        over_one_head = layer in (*QUERY_NORMS, *KEY_NORMS) and length == head_dim
+        if channels is None or over_one_head:
             continue
-        else:
-            raise UnsupportedBlockError(f"no rule covers its layer {layer}")
-        length = _width(module)
-        if layer in (*QUERY_NORMS, *KEY_NORMS) and length == head_dim:
-            continue
-        if length % (units * channels) or (layer in FUSED and queries != keys):
+        if length % (units * channels) or (layer in FUSED and queries != head_dim):
             raise UnsupportedBlockError(f"its layer {layer} is {length} wide, which its {heads} heads do not explain")
         slices.append(Slice(f"{name}.{layer}", "out", units, channels, length // (units * channels)))
     slices += [Slice(reader, "in", units, queries) for reader in readers]
@@ -153,84 +96,21 @@ def head_group(
     return ChannelGroup(name, attention_kind(name, attn), stage, tuple(slices), resize, can_drop)
 
 
-def value_groups(name: str, attn: nn.Module, stage: str) -> list[ChannelGroup]:
-    """The group of the values' offsets, the same in every head, where rotary embeddings differ from head to head.
+def _channels_of(layer: str, queries: int, keys: int) -> int | None:
+    """Channels that a unit has in a layer; None where units have none.
 
-    Queries and keys then keep their width, and heads cannot change places.
+    Args:
+        layer: Name of the layer in the attention.
+        queries: Channels of the query heads of a unit.
+        keys: Channels of its key head.
 
     Raises:
-        UnsupportedBlockError: If its processor is not the class's own or holds weights.
+        UnsupportedBlockError: If no rule covers the layer.
     """
-    check_processor(attn)
-    layers = layers_of(attn)
-    head_dim = layers["to_v"].out_features // attn.heads
-    writers = [
-        Slice(f"{name}.{layer}", "out", head_dim, 1, attn.heads, basis="value_output")
-        for layer in ("to_v", "add_v_proj")
-        if layer in layers
-    ]
-    readers = [
-        Slice(f"{name}.{layer}", "in", head_dim, 1, attn.heads, basis="value_output", dual=True)
-        for layer in OUTPUTS
-        if layer in layers
-    ]
-    return [ChannelGroup(name, attention_kind(name, attn), stage, (*writers, *readers))]
-
-
-def text_head_or_value_groups(name: str, attn: nn.Module, stage: str) -> list[ChannelGroup]:
-    """Heads of the text attention `attn2`, which has no rotary embeddings; values' offsets of every other attention."""
-    return head_groups(name, attn, stage) if name.endswith("attn2") else value_groups(name, attn, stage)
-
-
-def check_processor(attn: nn.Module) -> None:
-    """Raises UnsupportedBlockError unless the processor is made for such an attention and has no weights of its own.
-
-    Projections that are fused are refused too: the processor then reads others than those that would be cut.
-    """
-    if vars(attn).get("fused_projections"):
-        raise UnsupportedBlockError("its projections are fused; call unfuse_qkv_projections() first")
-    processor = type(attn.processor)
-    known = processor.__module__ == type(attn).__module__ or processor.__name__ in WHOLE_HEADS
-    if not known or issubclass(processor, nn.Module):
-        raise UnsupportedBlockError(f"its processor {processor.__name__} is none of {type(attn).__name__}'s own")
-
-
-def key_heads(attn: nn.Module, head_dim: int) -> int:
-    """How many heads the keys have: fewer than the queries where queries are grouped."""
-    layers = layers_of(attn)
-    for layer in ("to_k", "to_key"):
-        if layer in layers:
-            return layers[layer].out_features // head_dim
-    state = vars(attn)
-    return next(state[attribute] for attribute in (*KEY_HEADS, *HEADS) if attribute in state)
-
-
-def attention_kind(name: str, attn: nn.Module) -> str:
-    """`"cross_attention"` or `"self_attention"`, as the attention says, or else its name."""
-    cross = vars(attn).get("is_cross_attention", "cross" in name or name.endswith("attn2"))
-    return "cross_attention" if cross else "self_attention"
-
-
-def scale_attributes(block: nn.Module, group: ChannelGroup, units: int, full: Mapping[str, int]) -> None:
-    """Sets what a block remembers of its width, in proportion to the units kept."""
-    for attribute, value in full.items():
-        setattr(block, attribute, value * units // group.width)
-
-
-def layers_of(attn: nn.Module) -> dict[str, nn.Module]:
-    """An attention's layers with a width: those that own parameters, and norms without any."""
-    return {
-        name: module
-        for name, module in attn.named_modules()
-        if name and (next(module.parameters(recurse=False), None) is not None or isinstance(module, _NORMS))
-    }
-
-
-def _width(module: nn.Module) -> int:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, RMSNorm):
-        return module.dim[-1]
-    if isinstance(module, _NORMS):
-        return module.normalized_shape[-1]
-    return next(module.parameters(recurse=False)).shape[-1]
+    if layer in (*QUERIES, *FUSED, *QUERY_NORMS):
+        return queries
+    if layer in (*KEYS_AND_VALUES, *KEY_NORMS):
+        return keys
+    if layer in (*OUTPUTS, *INPUT_NORMS):
+        return None
+    raise UnsupportedBlockError(f"no rule covers its layer {layer}")

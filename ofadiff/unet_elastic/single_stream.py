@@ -7,7 +7,8 @@ from functools import partial
 from torch import nn
 
 from ofadiff.channels import ChannelGroup, Slice
-from ofadiff.unet_elastic.heads import check_processor, head_group, scale_attributes
+from ofadiff.unet_elastic.attention_layers import check_processor, scale_attributes
+from ofadiff.unet_elastic.heads import head_group
 from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
 
 

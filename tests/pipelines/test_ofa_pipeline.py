@@ -183,7 +183,7 @@ def test_bad_input(folder, tmp_path):
     with pytest.raises(ValueError, match=r"no model_index\.json"):
         OFAPipeline.from_pretrained(tmp_path)
     DDPMPipeline(plain_unet(), DDPMScheduler()).save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"holds no ofa_config\.json .*compress_ddpm\.py, .* makes one"):
+    with pytest.raises(ValueError, match=r"holds no ofa_config\.json .*`ofadiff compress` makes one"):
         OFAPipeline.from_pretrained(tmp_path / "plain")
 
 

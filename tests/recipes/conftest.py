@@ -1,5 +1,6 @@
 """What the recipes' tests share."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,9 +9,21 @@ from pathlib import Path
 import pytest
 from training.conftest import fresh_accelerate  # noqa: F401
 
+from ofadiff.commands.command import call, script
+
 ROOT = Path(__file__).parents[2]
-# A recipe imports its neighbours: Python puts a script's own folder first on the path.
-sys.path.insert(0, str(ROOT / "recipes"))
+
+# The function that each recipe runs.
+FUNCTIONS = {
+    "compress_ddpm.py": "compress",
+    "compress_dit.py": "compress",
+    "compress_sd.py": "compress",
+    "finetune_size.py": "heal",
+    "extract.py": "extract",
+    "evaluate.py": "evaluate_checkpoint",
+    "architectures.py": "write_architectures",
+    "demo.py": "demo",
+}
 
 
 @pytest.fixture
@@ -23,6 +36,21 @@ def launch():
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     return launch
+
+
+def load_recipe(name):
+    """The application of a recipe, in this process."""
+    path = ROOT / "recipes" / name
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return script(getattr(module, FUNCTIONS[name]), str(path))
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    """Runs a recipe in this process: `recipe(name, words)` returns and raises what its function does."""
+    return lambda name, words: call(load_recipe(name), words)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import ofadiff.data.order
 if __name__ == "__main__":
     ranks = sys.argv[1].split(",")
     del sys.argv[:2]
-    sys.path.insert(0, sys.argv[0].rpartition("/")[0])
     decode = ofadiff.data.order.hold_out
 
     def hold_out(*arguments):

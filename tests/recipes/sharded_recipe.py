@@ -6,11 +6,10 @@ import sys
 from accelerate import DistributedType, PartialState
 from training.fsdp_on_cpu import make_sharded_accelerator
 
+import ofadiff.runs.checks
+
 if __name__ == "__main__":
     del sys.argv[0]
-    sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-    import compression_run
-
-    compression_run.Accelerator = make_sharded_accelerator
+    ofadiff.runs.checks.Accelerator = make_sharded_accelerator
     runpy.run_path(sys.argv[0], run_name="__main__")
     assert PartialState._shared_state["distributed_type"] == DistributedType.FSDP

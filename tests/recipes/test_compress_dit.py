@@ -3,14 +3,16 @@ import copy
 import numpy as np
 import pytest
 import torch
+from cyclopts import CycloptsError
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
 from tiny_stable_diffusion import make_vae
 
 from ofadiff import OFAPipeline, Supernet
-from ofadiff.denoisers.class_labels import drop_labels, keep_labels
-from ofadiff.training.train import TrainingResult
-from recipes.compress_dit import compress, make_parser, set_up, train_and_save
+from ofadiff.commands.compress import make_supernet
+from ofadiff.denoisers.dit import drop_labels, keep_labels
+from ofadiff.runs import Compression, Data, Model, Output, RunSettings, save, start
+from ofadiff.training.bundles import TrainingResult
 
 CLASSES = 3
 
@@ -46,6 +48,8 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def arguments(files, tmp_path, words):
+    """Makes a command line; options are flags without their dashes, None leaves one out."""
+
     def arguments(**options):
         settings = {
             "pretrained_model_name_or_path": files / "latents",
@@ -61,14 +65,14 @@ def arguments(files, tmp_path, words):
             "checkpointing_steps": 2,
             "feature_distill_weight": 0.1,
         }
-        return make_parser().parse_args(words(settings | options))
+        return words(settings | options)
 
     return arguments
 
 
 @pytest.fixture
-def run(arguments):
-    return lambda **options: compress(arguments(**options))
+def run(arguments, recipe):
+    return lambda **options: recipe("compress_dit.py", arguments(**options))
 
 
 @pytest.mark.parametrize(("original", "denoiser"), [("latents", "transformer"), ("pixels", "unet")])
@@ -104,19 +108,22 @@ def test_a_run_resumes_exactly(run, tmp_path):
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 
 
-def test_the_model_that_training_leaves_is_saved(arguments, tmp_path, monkeypatch):
-    setup = set_up(arguments())
-
-    def train(args, setup, columns):
-        whole = copy.deepcopy(setup.supernet)
-        setup.supernet.model.to("meta")  # as one that FSDP has split: not to be saved
-        vars(setup.supernet).update(vars(whole))
-        return TrainingResult(0, 0.0, {}, None)
-
-    monkeypatch.setattr("recipes.compress_dit.joint_run", train)
-    train_and_save(arguments(), setup)
+def test_the_model_that_training_leaves_is_saved(files, tmp_path):
+    run = start(
+        RunSettings(
+            Model(pretrained_model_name_or_path=str(files / "latents")),
+            Data(train_data_dir=str(files / "images")),
+            Output(output_dir=str(tmp_path / "out")),
+            compression=Compression(sizes=(0.7, 1.0), importance_samples=8),
+        )
+    )
+    supernet = make_supernet(run)
+    whole = copy.deepcopy(supernet)
+    supernet.model.to("meta")  # as one that FSDP has split: not to be saved
+    vars(supernet).update(vars(whole))
+    save(run, supernet, TrainingResult(0, 0.0, {}, None))
     saved = Supernet.from_pretrained(tmp_path / "out" / "transformer").model.state_dict()
-    expected = setup.supernet.model.state_dict()
+    expected = supernet.model.state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in saved.items())
 
 
@@ -139,11 +146,11 @@ def test_labels_are_left_out_for_the_whole_model_at_once():
     [
         ({"train_data_dir": "nowhere"}, "nowhere is not a folder"),
         ({"sizes": "0.01 1.0"}, "smallest"),
-        ({"class_dropout_prob": 1.5}, "--class_dropout_prob is 1.5"),
+        ({"class_dropout_prob": 1.5}, r"'1.5' is not a number in \[0, 1\]"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_written(run, tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((CycloptsError, ValueError), match=message):
         run(**options)
     assert not (tmp_path / "out").exists()
 

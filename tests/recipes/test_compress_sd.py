@@ -5,17 +5,20 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-import yaml
-from compression_run import check_sizes, make_noise_scheduler, parse_args, run_recipe
+from cyclopts import CycloptsError
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from recipes.conftest import ROOT
+from recipes.conftest import ROOT, load_recipe
 from recipes.tiny_stable_diffusion import save_captioned_images, save_stable_diffusion, save_stable_diffusion_xl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training.tiny_shards import save_shards
 
 from ofadiff import OFAPipeline, Supernet
-from recipes.compress_sd import compress, make_parser, set_up, train_and_save
+from ofadiff.commands import command
+from ofadiff.denoisers.original import Original
+from ofadiff.noise.choice import make_noise_scheduler
+from ofadiff.runs import Compression, Data, Model, Optimization, Output, RunSettings, start
+from ofadiff.runs.size_checks import check_sizes
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +58,8 @@ def flags(files, tmp_path, words):
 
 
 @pytest.fixture
-def run(flags):
-    return lambda **options: compress(make_parser().parse_args(flags(**options)))
+def run(flags, recipe):
+    return lambda **options: recipe("compress_sd.py", flags(**options))
 
 
 STREAMED = {"image_column": "png", "caption_column": "txt", "streaming": True, "shuffle_buffer_size": 3}
@@ -172,54 +175,67 @@ def test_latents_are_encoded_once_and_belong_to_one_model_and_data(run, files, t
         run(resolution=32, output_dir=tmp_path / "larger", **options)
 
 
-def test_half_precision_ends_in_a_full_precision_pipeline(run, flags, files, tmp_path):
-    setup = set_up(make_parser().parse_args(flags(mixed_precision="bf16")))
-    assert setup.teacher.dtype == setup.pipeline.vae.dtype == setup.pipeline.text_encoder.dtype == torch.bfloat16
-    assert setup.supernet.model.dtype == torch.float32
+def test_half_precision_ends_in_a_full_precision_pipeline(run, files, tmp_path):
+    begun = start(
+        RunSettings(
+            Model(pretrained_model_name_or_path=str(files / "sd1"), cache_dir=str(files / "cache")),
+            Data(train_data_dir=str(files / "images"), resolution=16),
+            Output(output_dir=str(tmp_path / "out")),
+            optimization=Optimization(mixed_precision="bf16"),
+        )
+    )
+    assert begun.teacher.dtype == begun.pipeline.vae.dtype == begun.pipeline.text_encoder.dtype == torch.bfloat16
+    assert begun.denoiser.dtype == torch.float32
     result = run(mixed_precision="bf16", max_train_steps=1, validation_prompts=["a"], validation_inference_steps=1)
     assert result.history[0][1.0] == pytest.approx(result.teacher_loss, rel=0.01)
     plain = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert {part.dtype for part in (plain.unet, plain.vae, plain.text_encoder)} == {torch.float32}
 
 
-def test_a_configuration_file_stands_in_for_flags(flags, files, tmp_path, capsys):
+def test_a_configuration_file_stands_in_for_flags(run, tmp_path, monkeypatch):
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump({"sizes": [0.5, 1.0], "center_crop": True, "rotate": False, "seed": 3}))
-    args = parse_args(make_parser(), ["--config", str(config), *flags(sizes=None, seed=4)])
-    assert (args.sizes, args.center_crop, args.rotate, args.seed) == ([0.5, 1.0], True, False, 4)
+    config.write_text("sizes: [0.5, 1.0]\ncenter_crop: true\nrotate: false\nseed: 3\nlearning_rate: 1e-3\n")
+    seen = {}
+    monkeypatch.setattr("ofadiff.runs.start", lambda settings, kinds: seen.update(settings.flags()))
+    with pytest.raises(AttributeError):  # nothing was started
+        run(sizes=None, seed=4, config=config)
+    names = ("sizes", "center_crop", "rotate", "seed", "learning_rate")
+    assert [seen[name] for name in names] == [[0.5, 1.0], True, False, 4, 1e-3]
     for content, message in {
-        "size: 0.5": "has 'size', which is no flag",
-        "sizes: [2.0]": "'2.0' is not a size",
-        "just words": "is not a list of `flag: value` lines",
+        "size: 0.5": r'Unknown option: "\[size\]"',
+        "sizes: [2.0]": "'2' is not a size",
+        "max_train_steps: 1.5": "'1.5' is not a whole number",
+        "just words": "must be a mapping",
     }.items():
         config.write_text(content)
-        with pytest.raises(SystemExit) as exit:
-            parse_args(make_parser(), ["--config", str(config), *flags(sizes=None)])
-        assert exit.value.code == 2 and message in capsys.readouterr().err
+        with pytest.raises(CycloptsError, match=message):
+            run(sizes=None, max_train_steps=None, config=config)
+    with pytest.raises(ValueError, match=r"cannot read --config .*nowhere.yaml: there is no such file"):
+        run(config=tmp_path / "nowhere.yaml")
 
 
-def test_sizes_of_stable_diffusion_15_are_known_before_any_weight_is_loaded(flags):
+def test_sizes_of_stable_diffusion_15_are_known_before_any_weight_is_loaded():
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
         )
-    table = check_sizes(make_parser().parse_args(flags(sizes="0.35 0.6 1.0")), unet)
+    table = check_sizes(Compression(sizes=(0.35, 0.6, 1.0)), unet)
     assert table.full_params == 859_520_964
     assert table.full_macs == pytest.approx(402e9, rel=0.01)
     for subnet in table:
         assert subnet.params / table.full_params == pytest.approx(subnet.size, abs=0.005)
     # A quarter of every internal width leaves 34 % of the parameters.
     with pytest.raises(ValueError, match=r"the smallest subnet has 0\.34\d* of the full model"):
-        check_sizes(make_parser().parse_args(flags(sizes="0.3 1.0")), unet)
+        check_sizes(Compression(sizes=(0.3, 1.0)), unet)
 
 
 def test_the_result_is_uploaded_without_checkpoints_if_asked_for(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--push_to_hub needs a login: run `hf auth login` first"):
         run(push_to_hub=True)
     uploads = []
-    monkeypatch.setattr("compression_run.whoami", dict)
-    monkeypatch.setattr("compression_run.create_repo", lambda name, exist_ok: SimpleNamespace(repo_id=f"me/{name}"))
-    monkeypatch.setattr("compression_run.upload_folder", lambda **options: uploads.append(options))
+    monkeypatch.setattr("ofadiff.runs.checks.whoami", dict)
+    monkeypatch.setattr("ofadiff.runs.result.create_repo", lambda name, exist_ok: SimpleNamespace(repo_id=f"me/{name}"))
+    monkeypatch.setattr("ofadiff.runs.result.upload_folder", lambda **options: uploads.append(options))
     run(push_to_hub=True, max_train_steps=1)
     assert [(upload["repo_id"], upload["folder_path"]) for upload in uploads] == [("me/out", str(tmp_path / "out"))]
     assert "checkpoint-*" in uploads[0]["ignore_patterns"]
@@ -228,7 +244,7 @@ def test_the_result_is_uploaded_without_checkpoints_if_asked_for(run, tmp_path, 
 def test_a_mistake_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["recipes/compress_sd.py", *flags(sizes="0.01 1.0")])
     with pytest.raises(SystemExit) as exit:
-        run_recipe(make_parser(), set_up, train_and_save)
+        command.main(load_recipe("compress_sd.py"))
     message = capsys.readouterr().err.splitlines()[-1]
     assert exit.value.code == 2 and message.startswith("compress_sd.py: error: ") and "smallest" in message
     assert not (tmp_path / "out").exists()
@@ -248,14 +264,14 @@ def test_a_mistake_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_what_cannot_work_is_said_before_any_model_is_loaded(run, tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr("recipes.compress_sd.load_pipeline", None)
+    monkeypatch.setattr(Original, "load", None)
     with pytest.raises(ValueError, match=message):
         run(**options)
     assert not (tmp_path / "out").exists()
 
 
 def test_only_text_to_image_pipelines_are_taken(run, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.compress_sd.load_pipeline", None)
+    monkeypatch.setattr(Original, "load", None)
 
     def refused(folder, message):
         with pytest.raises(ValueError, match=message):
@@ -300,8 +316,3 @@ def test_parquet_files_are_a_data_set_and_a_tracker_sees_losses_and_images(run, 
     assert run(max_train_steps=1, validation_fraction=0, **source, **watched).steps == 1
     logged = EventAccumulator(str(tmp_path / "out" / "logs" / "ofadiff-sd")).Reload().Tags()
     assert {"loss", "samples_per_second"} < set(logged["scalars"]) and logged["images"] == ["samples"]
-
-
-def test_every_flag_is_explained():
-    undocumented = [action.dest for action in make_parser()._actions if not action.help]
-    assert not undocumented

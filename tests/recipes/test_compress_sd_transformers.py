@@ -11,8 +11,9 @@ from recipes.tiny_stable_diffusion import save_captioned_images
 from recipes.tiny_text_to_image import PIPELINES, save_pipeline
 
 from ofadiff import OFAPipeline, Supernet
-from ofadiff.denoisers.families import FAMILIES
-from recipes.compress_sd import absent_components, compress, make_parser
+from ofadiff.denoisers import original as originals
+from ofadiff.denoisers.encoder import Encoder
+from ofadiff.denoisers.original import Original
 
 # Sana's scheduler computes with numpy as it was.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -29,7 +30,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def run(files, tmp_path, words):
+def run(files, tmp_path, words, recipe):
     """Compresses one of the pipelines; options are flags without their dashes."""
 
     def run(model, **options):
@@ -48,9 +49,13 @@ def run(files, tmp_path, words):
             "lr_warmup_steps": 0,
             "checkpointing_steps": 1,
         }
-        return compress(make_parser().parse_args(words(settings | options)))
+        return recipe("compress_sd.py", words(settings | options))
 
     return run
+
+
+def absent_components(folder):
+    return originals.absent_components(DiffusionPipeline.load_config(folder))
 
 
 def sample(pipeline, **options):
@@ -79,7 +84,7 @@ def test_the_result_is_the_original_pipeline_with_every_size(run, files, tmp_pat
     assert type(plain) is type(original) and type(plain.transformer) is type(original.transformer)
     assert plain.scheduler.config == original.scheduler.config
     pipeline = OFAPipeline.from_pretrained(out, **absent)
-    options = FAMILIES[type(original).__name__].call_options
+    options = Encoder(original).kind.call_options
     torch.testing.assert_close(sample(pipeline, **options), sample(plain, **options))
     small = sample(pipeline, size=0.7, **options)
     torch.testing.assert_close(sample(pipeline.extract(0.7), **options), small)
@@ -123,14 +128,14 @@ def test_half_precision_begins_and_ends_with_the_original(run, model, tmp_path):
     ],
 )
 def test_what_cannot_work_is_said_before_any_model_is_loaded(run, tmp_path, monkeypatch, model, options, message):
-    monkeypatch.setattr("recipes.compress_sd.load_pipeline", None)
+    monkeypatch.setattr(Original, "load", None)
     with pytest.raises(ValueError, match=message):
         run(model, **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_other_autoencoders_and_channels_are_refused(run, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.compress_sd.load_pipeline", None)
+    monkeypatch.setattr(Original, "load", None)
     for name, changes, message in (
         ("video", {"_class_name": "AutoencoderKLWan"}, "its VAE is an AutoencoderKLWan, not an AutoencoderKL or Auto"),
         (

@@ -4,7 +4,6 @@ import pytest
 from diffusers import DiffusionPipeline
 
 import ofadiff
-from recipes.demo import demo, make_parser
 
 
 def test_the_demo_leaves_what_it_promises(launch, words, tmp_path):
@@ -29,7 +28,7 @@ def test_the_demo_leaves_what_it_promises(launch, words, tmp_path):
     assert DiffusionPipeline.from_pretrained(tmp_path / "demo" / "size-0.5").unet.config["ofa_widths"]
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path):
+def test_a_folder_with_something_in_it_is_refused(recipe, tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="is not empty; choose another one or remove it"):
-        demo(make_parser().parse_args(["--output_dir", str(tmp_path)]))
+        recipe("demo.py", ["--output_dir", str(tmp_path)])

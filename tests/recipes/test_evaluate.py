@@ -8,13 +8,19 @@ from conftest import make_supernet, plain_unet
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from evaluation.tiny_clip import save_clip
 from PIL import Image
+from recipes.conftest import load_recipe
 from tiny_stable_diffusion import save_stable_diffusion
 from torch import nn
 
 from ofadiff import OFAPipeline
+from ofadiff.commands import command
+from ofadiff.commands.evaluate import Measured, ReportFiles, Samples, command_line
 from ofadiff.evaluation import Report, register_extractor
 from ofadiff.evaluation.saved_images import SavedImages
-from recipes.evaluate import command_line, main
+
+
+def main(words=None):
+    command.main(load_recipe("evaluate.py"), words)
 
 
 def make_teacher():
@@ -136,15 +142,16 @@ def test_text_to_image_takes_a_file_of_prompts(flags, tmp_path, capsys):
 # The extractor of these tests, in a process of its own.
 DRIVER = """
 from torch import nn
+from ofadiff.commands.command import main, script
+from ofadiff.commands.evaluate import evaluate_checkpoint
 from ofadiff.evaluation import register_extractor
-from recipes.evaluate import main
 
 class Means(nn.Module):
     def forward(self, images):
         return nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
 
 register_extractor("means", Means())
-main()
+main(script(evaluate_checkpoint, "evaluate.py"))
 """
 
 
@@ -241,7 +248,7 @@ def test_statistics_stand_in_for_images(flags, files, tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit):
         main(flags(**options))
     assert "'kid' cannot be measured: there are statistics of the reference images" in capsys.readouterr().err
-    monkeypatch.delattr("recipes.evaluate.evaluate")
+    monkeypatch.delattr("ofadiff.commands.evaluate.evaluate")
     with pytest.raises(NameError):
         main(flags(**options | {"metrics": None}))
     assert capsys.readouterr().out == "No KID: it takes reference images, and there are only their statistics\n"
@@ -267,9 +274,9 @@ def test_a_pipeline_may_have_a_hub_name(flags, files, tmp_path, monkeypatch):
 
 
 def test_paths_of_this_machine_stay_out_of_the_command():
-    words = ["--checkpoint", "/home/me/ofa", "--compare", "old=/home/me/old", "--output_dir", "out dir"]
-    expected = "python recipes/evaluate.py --checkpoint ofa --compare old=old --output_dir 'out dir'"
-    assert command_line(words) == expected
+    measured = Measured(checkpoint="/home/me/ofa", compare=("old=/home/me/old",))
+    expected = "ofadiff evaluate --checkpoint ofa --compare old=old --seed 3 --output_dir 'out dir'"
+    assert command_line(measured, Samples(seed=3), ReportFiles(output_dir="out dir")) == expected
 
 
 @pytest.mark.parametrize(
@@ -278,7 +285,7 @@ def test_paths_of_this_machine_stay_out_of_the_command():
         ({"checkpoint": "nowhere"}, "nowhere holds no model_index.json"),
         ({"teacher": "nowhere"}, "nowhere holds no model_index.json"),
         ({"sizes": "0.3"}, "size is 0.3; it must be one of 0.5, 1"),
-        ({"metrics": "speed"}, "invalid choice: 'speed'"),
+        ({"metrics": "speed"}, "'speed' is none of macs, latency"),
         ({"metrics": "fid", "reference_dir": None}, "'fid' cannot be measured: there are no reference images"),
         ({"metrics": "psnr", "teacher": None}, "'psnr' cannot be measured: there is no teacher"),
         ({"metrics": "clip_score"}, "'clip_score' cannot be measured: there are no prompts; give --prompts_file"),
@@ -295,7 +302,7 @@ def test_paths_of_this_machine_stay_out_of_the_command():
     ],
 )
 def test_bad_input_is_one_sentence_before_a_model_is_loaded(flags, monkeypatch, capsys, options, message):
-    monkeypatch.setattr("recipes.evaluate.load_pipeline", None)
+    monkeypatch.setattr("ofadiff.commands.evaluate.load_pipeline", None)
     with pytest.raises(SystemExit) as stop:
         main(flags(**options))
     error = capsys.readouterr().err

@@ -2,10 +2,11 @@ import pytest
 from conftest import make_supernet, output, plain_unet, random_inputs, relative_error
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
+from recipes.conftest import load_recipe
 
 from ofadiff import OFAPipeline
 from ofadiff.adapters.size_adapter import SizeAdapter
-from recipes.extract import main
+from ofadiff.commands import command
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_bad_input(words, checkpoint, tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.setattr("sys.argv", ["extract.py", *words({"output_dir": tmp_path / "out", **options})])
         with pytest.raises(SystemExit) as stop:
-            main()
+            command.main(load_recipe("extract.py"))
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.startswith("extract.py: error: ") and message in error
         assert not (tmp_path / "out").exists()

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from compression_run import parse_args
 from conftest import make_dropping_supernet, make_supernet, output, random_inputs, relative_error
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
@@ -12,7 +11,6 @@ from recipes.tiny_stable_diffusion import make_unet, save_captioned_images, save
 from safetensors.torch import load_file
 
 from ofadiff import OFAPipeline, Supernet
-from recipes.finetune_size import finetune, make_parser
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 ADAPTER = "unet/ofa_adapters/0.5"
@@ -64,8 +62,8 @@ def flags(files, tmp_path, words):
 
 
 @pytest.fixture
-def run(flags):
-    return lambda **options: finetune(make_parser().parse_args(flags(**options)))
+def run(flags, recipe):
+    return lambda **options: recipe("finetune_size.py", flags(**options))
 
 
 @pytest.fixture
@@ -136,8 +134,8 @@ def test_a_killed_run_resumes_to_the_same_result(run, checkpoint, tmp_path, monk
 
     run(output_dir=tmp_path / "whole", lora_rank=rank)
     with monkeypatch.context() as killed:
-        killed.setattr("recipes.finetune_size.loss_table", None)  # any step of the end
-        killed.setattr("recipes.finetune_size.copy_pipeline", None)
+        killed.setattr("ofadiff.runs.healing.loss_table", None)  # any step of the end
+        killed.setattr("ofadiff.runs.healing.copy_pipeline", None)
         killed.setattr(DiffusionPipeline, "save_pretrained", None)
         with pytest.raises(TypeError, match="'NoneType' object is not callable"):
             run(output_dir=tmp_path / "out", lora_rank=rank)
@@ -218,7 +216,7 @@ def test_stable_diffusion(run, files, tmp_path, rank):
         ({"lora_rank": None, "lora_alpha": 4}, "are for a LoRA; give its --lora_rank"),
         ({"lora_rank": None, "overwrite": True}, "checkpoint holds all sizes; give another folder for this one"),
         ({"train_data_dir": "nowhere"}, "nowhere is not a folder"),
-        ({"validation_prompts": "a house"}, "--validation_prompts is for text-to-image checkpoints only"),
+        ({"validation_prompts": "a house"}, "--validation_prompts is for text-to-image models only"),
         ({"pretrained_model_name_or_path": "/no/such/folder"}, "neither a folder nor the name of a hub repository"),
         ({"teacher_model_name_or_path": "/no/such/folder"}, "cannot load /no/such/folder, expected a pipeline with"),
     ],
@@ -244,15 +242,14 @@ def test_what_is_no_checkpoint_or_no_teacher_for_it_is_refused(run, files, check
         run(teacher_model_name_or_path=files / "sd")
 
 
-def test_a_configuration_file_and_one_sentence_for_a_mistake(launch, flags, checkpoint, tmp_path):
+def test_a_configuration_file_and_one_sentence_for_a_mistake(run, launch, flags, checkpoint, tmp_path, monkeypatch):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({"size": 0.75, "lora_rank": 3, "overwrite": True}))
-    args = parse_args(make_parser(), ["--config", str(config), *flags(size=None, lora_rank=None)])
-    assert (args.size, args.lora_rank, args.overwrite_output_dir) == (0.75, 3, True)
+    seen = {}
+    with monkeypatch.context() as patched, pytest.raises(AttributeError):  # nothing was started
+        patched.setattr("ofadiff.commands.heal.start_healing", lambda settings: seen.update(settings.flags()))
+        run(size=None, lora_rank=None, config=config)
+    assert (seen["size"], seen["lora_rank"], seen["overwrite_output_dir"]) == (0.75, 3, True)
     done = launch("finetune_size.py", flags(size=0.3))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("finetune_size.py: error: size is 0.3; it must be one of")
-
-
-def test_every_flag_is_explained():
-    assert not [action.dest for action in make_parser()._actions if not action.help]

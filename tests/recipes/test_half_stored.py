@@ -9,8 +9,6 @@ from safetensors.torch import load_file, save_file
 from tiny_stable_diffusion import save_captioned_images, save_stable_diffusion
 
 from ofadiff import OFAPipeline
-from recipes.compress_dit import compress as compress_dit
-from recipes.compress_sd import compress, make_parser
 
 # Components in half precision; the others are stored in float32.
 STORED = {
@@ -35,12 +33,12 @@ def contents(folder):
 
 
 @pytest.fixture
-def dit_run(arguments):  # noqa: F811
-    return lambda **options: compress_dit(arguments(**options))
+def dit_run(arguments, recipe):  # noqa: F811
+    return lambda **options: recipe("compress_dit.py", arguments(**options))
 
 
 @pytest.fixture
-def run(words, tmp_path):
+def run(words, recipe, tmp_path):
     def run(folder, **options):
         settings = {
             "pretrained_model_name_or_path": folder,
@@ -56,7 +54,7 @@ def run(words, tmp_path):
             "lr_warmup_steps": 0,
             "validation_inference_steps": 1,
         }
-        return compress(make_parser().parse_args(words(settings | options)))
+        return recipe("compress_sd.py", words(settings | options))
 
     return run
 

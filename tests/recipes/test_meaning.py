@@ -4,15 +4,27 @@ import re
 
 import pytest
 import torch
+from recipes.conftest import load_recipe
 from recipes.test_compress_ddpm import files, flags, run  # noqa: F401
 
 from ofadiff import Supernet
-from recipes.compress_ddpm import make_parser
-from recipes.compress_dit import make_parser as make_dit_parser
-from recipes.compress_sd import make_parser as make_sd_parser
-from recipes.compression_run import COMPARED_ELSEWHERE, MAY_CHANGE
-from recipes.finetune_size import make_parser as make_finetune_parser
+from ofadiff.commands import command
+from ofadiff.runs import (
+    Captions,
+    Classes,
+    Compression,
+    Data,
+    Losses,
+    Model,
+    OneSize,
+    Optimization,
+    Output,
+    Watching,
+)
+from ofadiff.runs.checks import COMPARED_ELSEWHERE, MAY_CHANGE
+from ofadiff.runs.settings import RunSettings
 
+BUNDLES = (Captions, Classes, Compression, Data, Losses, Optimization, Watching)
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -37,18 +49,22 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     ],
 )
 def test_numbers_without_meaning_are_refused(capsys, flag, wrong, where):
+    line = ["--pretrained_model_name_or_path", "a", "--output_dir", "b", f"--{flag}={wrong}"]
     with pytest.raises(SystemExit):
-        make_sd_parser().parse_args(["--pretrained_model_name_or_path", "a", "--output_dir", "b", f"--{flag}={wrong}"])
+        command.main(load_recipe("compress_sd.py"), line)
     assert re.search(f"--{flag}: '{wrong}' is not a number {where}", capsys.readouterr().err)
+    bundle = next(each for each in BUNDLES if flag in each.__dataclass_fields__)
+    with pytest.raises(ValueError, match=f"--{flag}: '{wrong}' is not a number {where}"):  # from Python too
+        bundle(**{flag: float(wrong)})
 
 
 def test_every_flag_either_may_change_or_is_compared():
     """Those that may change are named; a new flag is compared unless it is put there."""
-    for make in (make_parser, make_sd_parser, make_dit_parser, make_finetune_parser):
-        known = {action.dest for action in make()._actions}
-        assert {"learning_rate", "adam_weight_decay", "random_flip", "mixed_precision"} <= known - {*MAY_CHANGE}
-    every = {a.dest for make in (make_sd_parser, make_parser, make_finetune_parser) for a in make()._actions}
+    every = {name for bundle in (*BUNDLES, Model, OneSize, Output) for name in bundle.__dataclass_fields__}
     assert {*MAY_CHANGE, *COMPARED_ELSEWHERE} <= every
+    assert {"learning_rate", "adam_weight_decay", "random_flip", "mixed_precision"} <= every - {*MAY_CHANGE}
+    settings = RunSettings(Model(pretrained_model_name_or_path="a"), Data(), Output(output_dir="b"))
+    assert settings.flags().keys() == every - OneSize.__dataclass_fields__.keys()
 
 
 def test_a_resumed_run_honours_what_may_change_and_refuses_the_rest(run, tmp_path):  # noqa: F811

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from ofadiff.denoisers.prepare import prepare_pixels
 from ofadiff.training.sharding import is_sharded, shard
-from ofadiff.training.train import averaged_weights, train
+from ofadiff.training.validation import averaged_weights
 from training.fsdp_on_cpu import make_sharded_accelerator
-from training.tiny_run import make_data, make_supernet, make_teacher
+from training.tiny_run import make_data, make_supernet, make_teacher, train_with
 
 OPTIONS = {"max_train_steps": 3, "checkpointing_steps": 2, "validation_steps": 1, "validation_samples": 8}
 
@@ -36,7 +36,7 @@ def run(accelerator, output_dir, **options):
         "teacher": make_teacher(),
         **options,
     }
-    return supernet, train(supernet, *make_data(), prepare, optimizer, lr_scheduler, accelerator, **settings)
+    return supernet, train_with(supernet, make_data(), prepare, optimizer, lr_scheduler, accelerator, **settings)
 
 
 def check_averages_are_taken_and_given_back(accelerator):

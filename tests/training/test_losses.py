@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ofadiff.denoisers.prepare import DenoiserInputs, prepare_latents, prepare_pixels
+from ofadiff.denoisers.prepare import DenoiserInputs, prepare_batch, prepare_pixels
 from ofadiff.denoisers.unet_2d_condition import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from ofadiff.noise.diffusion import diffuse, min_snr_weight
 from ofadiff.noise.draws import draw_noise, draw_normal
@@ -130,9 +130,9 @@ def test_latents_are_drawn_from_their_distribution_anew_for_every_seed():
         "seeds": torch.arange(n),
     }
     forward_process = functools.partial(diffuse, noise_scheduler=scheduler)
-    inputs = prepare_latents(batch, STABLE_DIFFUSION, {}, forward_process)
+    inputs = prepare_batch(batch, STABLE_DIFFUSION, {}, forward_process)
     assert inputs.target.mean() == pytest.approx(3.0, abs=0.05) and inputs.target.std() == pytest.approx(0.5, abs=0.05)
     assert set(inputs.arguments) == {"sample", "timestep", "encoder_hidden_states"}
     added = {"text_embeds": torch.zeros(n, 8), "time_ids": torch.ones(n, 6).long()}
-    xl = prepare_latents({**batch, **added}, STABLE_DIFFUSION_XL, {}, forward_process)
+    xl = prepare_batch({**batch, **added}, STABLE_DIFFUSION_XL, {}, forward_process)
     assert set(xl.arguments["added_cond_kwargs"]) == {"text_embeds", "time_ids"}

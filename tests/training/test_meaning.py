@@ -11,7 +11,7 @@ from ofadiff.denoisers.prepare import prepare_pixels
 from ofadiff.noise.diffusion import diffuse, min_snr_weight
 from ofadiff.reweight import sample_size
 from ofadiff.training.checkpoint import check_flags, find_checkpoint, load_checkpoint, save_checkpoint
-from ofadiff.training.train import validation_losses
+from ofadiff.training.validation import validation_losses
 from training.test_checkpoint import make_state
 from training.tiny_run import make_data, make_supernet
 

@@ -7,8 +7,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from ofadiff.denoisers.prepare import prepare_pixels
 from ofadiff.training.single_size import SingleSize, trained_weights
-from ofadiff.training.train import train
-from training.tiny_run import make_supernet, make_teacher
+from training.tiny_run import make_supernet, make_teacher, train_with
 
 
 def make_single_size(rank=2, **description):
@@ -31,7 +30,7 @@ def run(data, noise_scheduler, make_accelerator, tmp_path):
         lr_scheduler = get_scheduler("constant", optimizer)
         prepare = functools.partial(prepare_pixels, noise_scheduler=noise_scheduler)
         settings |= options
-        return train(single, *data, prepare, optimizer, lr_scheduler, make_accelerator(), **settings)
+        return train_with(single, data, prepare, optimizer, lr_scheduler, make_accelerator(), **settings)
 
     return run
 

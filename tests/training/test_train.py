@@ -6,8 +6,7 @@ from diffusers.optimization import get_scheduler
 
 from ofadiff.denoisers.prepare import prepare_pixels
 from ofadiff.reweight import STRATEGIES
-from ofadiff.training.train import train
-from training.tiny_run import make_supernet, make_teacher
+from training.tiny_run import make_supernet, make_teacher, train_with
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def run(data, noise_scheduler, make_accelerator, tmp_path):
         optimizer = optimizer(supernet.model.parameters(), lr=lr)
         lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=10)
         prepare = functools.partial(prepare_pixels, noise_scheduler=noise_scheduler)
-        return supernet, train(supernet, *data, prepare, optimizer, lr_scheduler, accelerator, **settings)
+        return supernet, train_with(supernet, data, prepare, optimizer, lr_scheduler, accelerator, **settings)
 
     return run
 

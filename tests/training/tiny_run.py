@@ -8,6 +8,8 @@ from PIL import Image
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
 from ofadiff.data.image_data import ImageData
 from ofadiff.data.images import Images
+from ofadiff.training.bundles import Objective, Schedule, Watching
+from ofadiff.training.train import train
 
 
 def make_teacher(dropout=0.0):
@@ -45,3 +47,15 @@ def make_data():
     return ImageData(images, resolution=8, channels=1, indices=range(14)), ImageData(
         images, resolution=8, channels=1, indices=range(14, 20)
     )
+
+
+def train_with(supernet, data, prepare, optimizer, lr_scheduler, accelerator, output_dir, resume_from=None, **options):
+    """`train` with the fields of its bundles as keywords."""
+    bundles = []
+    for bundle in (Objective, Schedule, Watching):
+        own = {name: options.pop(name) for name in [*options] if name in bundle.__dataclass_fields__}
+        bundles.append(bundle(**own, **({"prepare": prepare} if bundle is Objective else {})))
+    assert not options
+    objective, *rest = bundles
+    built = optimizer, lr_scheduler, accelerator
+    return train(supernet, *data, objective, *built, output_dir, *rest, resume_from)

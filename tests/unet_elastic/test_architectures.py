@@ -1,7 +1,7 @@
 import pytest
 
 from ofadiff.architectures import Architecture, architectures
-from recipes.architectures import page
+from ofadiff.commands.architectures import page
 
 # diffusers warns of its own classes.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")

@@ -6,8 +6,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ofadiff.evaluation.report.html_page import html_page
+from ofadiff.evaluation.report.markdown import markdown_page
+from ofadiff.evaluation.report.quality_plot import quality_plot
 from ofadiff.evaluation.report.results import Results
 from ofadiff.evaluation.report.rows import JOINT, MISSED_NOTE, Column, Row
+from ofadiff.evaluation.report.sample_grid import sample_grid
 
 
 class Report(Results):
@@ -71,12 +75,6 @@ class Report(Results):
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        # They draw reports, so they come after them.
-        from ofadiff.evaluation.report.html_page import html_page
-        from ofadiff.evaluation.report.markdown import markdown_page
-        from ofadiff.evaluation.report.quality_plot import quality_plot
-        from ofadiff.evaluation.report.sample_grid import sample_grid
-
         output_dir = Path(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         pictures = {"samples.png": sample_grid(self), "quality_vs_size.png": quality_plot(self)}

@@ -8,14 +8,10 @@ from ofadiff.sizes import MISSED_MARK, TOLERANCE
 
 # What a mark at a size means.
 MISSED_NOTE = f"{MISSED_MARK.strip()} off by more than {TOLERANCE:.1%} of the full model"
-
-
 TEACHER = "teacher"
-
 
 # The name of the series that a report is about; others are baselines.
 JOINT = "OFA"
-
 
 # Units by kind of value, from the largest down; a column takes the largest that its largest value reaches.
 UNITS: dict[str, list[tuple[float, str]]] = {
@@ -55,11 +51,7 @@ class Column:
 
 
 REACHED = Column("reached", "share", digits=1)
-
-
 PARAMETERS = Column("parameters", "count", better="lower")
-
-
 VALIDATION_LOSS = Column("validation loss", digits=4, better="lower", plotted=True)
 
 

@@ -1,0 +1,62 @@
+"""`ofadiff architectures`: which denoisers of the installed diffusers can be compressed, and how far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+from cyclopts import Parameter
+
+from ofadiff.architectures import Architecture, architectures
+from ofadiff.values import Bundle
+
+
+@Parameter(name="*", group="output")
+@dataclass(frozen=True, kw_only=True)
+class Page(Bundle):
+    """Where the page goes."""
+
+    output: Path | None = None
+    """file to write, by default the terminal"""
+
+
+def write_architectures(*, where: Page = Page()) -> None:
+    """Say which denoisers of the installed diffusers can be compressed, and how far, as a Markdown page."""
+    text = page(architectures())
+    if where.output is None:
+        print(text, end="")
+        return
+    where.output.parent.mkdir(parents=True, exist_ok=True)
+    where.output.write_text(text, encoding="utf-8")
+    print(f"wrote {where.output}")
+
+
+def page(rows: list[Architecture]) -> str:
+    """The table as a Markdown page."""
+    elastic = sum(row.elastic_share >= 0.6 for row in rows)
+    lines = [
+        "# Architectures",
+        "",
+        f"Denoisers of diffusers {diffusers.__version__} at their default configurations: {elastic} of {len(rows)} "
+        "have 60 % or more of their parameters in layers that can be cut.",
+        "`ofadiff architectures` writes this page.",
+        "",
+        "- *elastic*: share of the parameters in layers that can be cut.",
+        "- *smallest*: share of the parameters that the smallest subnet keeps, where every width keeps a quarter.",
+        "- *stays as it is*: blocks that hold the rest, with their share of all parameters, and why blocks of a known "
+        "kind are not cut.",
+        "",
+        "| denoiser | parameters | elastic | smallest | stays as it is |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    lines += [
+        f"| {row.name} | {row.params / 1e6:,.1f} M | {row.elastic_share:.0%} | {row.smallest_size:.0%} | {rest(row)} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def rest(row: Architecture) -> str:
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in row.rigid.items())
+    return ". ".join(part for part in (shares, row.skipped) if part)

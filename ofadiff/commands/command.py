@@ -1,0 +1,95 @@
+"""A function as a command: its bundles are flags, what the user got wrong is one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter, ValidationError
+from cyclopts.config import Yaml
+
+from ofadiff.commands.processes import who_fails
+from ofadiff.evaluation.finite import NotFiniteError
+
+EPILOGUE = (
+    "`--config FILE` reads flags from a YAML file of `flag: value` lines; flags on the command line win. "
+    "`--debug` shows where an error comes from."
+)
+
+# What a user can get wrong, or a machine lack.
+MISTAKES = (CycloptsError, ImportError, OSError, ValueError, NotFiniteError)
+
+
+def _as_it_is(name: str) -> str:
+    """Flags have the names of their fields, as in diffusers' examples."""
+    return name
+
+
+def make_app(name: str, help: str | None = None) -> App:
+    """An application whose flags are named as their fields, and lists take several words."""
+    parameter = Parameter(name_transform=_as_it_is, negative_bool=(), negative_iterable=(), consume_multiple=True)
+    return App(
+        name=name,
+        help=help,
+        default_parameter=parameter,
+        help_epilogue=EPILOGUE,
+        version_flags=[],
+        suppress_keyboard_interrupt=False,
+    )
+
+
+def call(app: App, words: Sequence[str]) -> Any:
+    """Calls the command that some words name, and returns what it does.
+
+    Raises:
+        CycloptsError: If the words do not fit its flags.
+        ValueError: If there is no `--config` file.
+    """
+    words, path = [word for word in words if word != "--debug"], None
+    for index, word in enumerate(words):
+        if word == "--config" or word.startswith("--config="):
+            rest = words[index + 1 : index + 2] if word == "--config" else [word.partition("=")[2]]
+            path, words = "".join(rest), [*words[:index], *words[index + 1 + (word == "--config") :]]
+            break
+    if path is not None and not Path(path).is_file():
+        raise ValueError(f"cannot read --config {path}: there is no such file")
+    app.config = () if path is None else (Yaml(path, use_commands_as_keys=False),)
+    return app(words, exit_on_error=False, print_error=False, result_action="return_value")
+
+
+def main(app: App, words: Sequence[str] | None = None) -> Any:
+    """A command from the command line; ends the process with status 2 and one sentence where a user got it wrong.
+
+    Args:
+        app: With one command or several.
+        words: By default those of the command line.
+    """
+    words = sys.argv[1:] if words is None else list(words)
+    try:
+        return call(app, words)
+    except MISTAKES as error:
+        if "--debug" in words:
+            raise
+        fail(app.name[0], error)
+
+
+def fail(name: str, error: Exception) -> NoReturn:
+    """Ends the process with what was wrong, in one sentence; of several processes the first one speaks."""
+    print(f"{name}: error: {who_fails()}{sentence(error)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, ValidationError) and error.argument is not None and error.exception_message:
+        return f"{error.argument.name}: {error.exception_message}"
+    return " ".join(str(error).split())
+
+
+def script(function: Callable[..., Any], path: str) -> App:
+    """The application of a recipe: one function, called as its file is."""
+    app = make_app(Path(path).name, function.__doc__)
+    app.default(function)
+    return app

@@ -1,0 +1,108 @@
+"""How the numbers of a report were made, in words."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from ofadiff.denoisers.pipelines import denoiser_of
+from ofadiff.dtypes import dtype_name
+from ofadiff.evaluation.image_protocol import call_protocol
+from ofadiff.evaluation.metrics.feature_statistics import FeatureStatistics
+from ofadiff.evaluation.metrics.table import METRICS
+from ofadiff.evaluation.preparation import Instruments
+from ofadiff.evaluation.reference import RESIZE, Reference
+from ofadiff.evaluation.sampling import Sampling
+from ofadiff.evaluation.settings import EvaluationSettings
+from ofadiff.pipelines import OFAPipeline
+from ofadiff.profiling.timing import REPEATS, ROUNDS, processor_name
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """The processor that does the work, and the versions of what runs on it."""
+    return {
+        "processor": processor_name(device),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}",
+    }
+
+
+def reference_protocol(
+    reference: Any, real: Reference | None, statistics: FeatureStatistics | None
+) -> dict[str, str | int]:
+    """What the numbers were compared with."""
+    if real is not None:
+        return {"reference images": len(real), "reference resized": RESIZE}
+    if statistics is None:
+        return {}
+    images = "images" if statistics.count is None else f"{statistics.count} images"
+    return {
+        "reference": f"statistics of {images}, {Path(reference).name}",
+        "reference resized": statistics.resize or "not stated in the statistics",
+    }
+
+
+def _last_part(name_or_path: str | Path) -> str:
+    """A hub repository as it is, of an absolute path the last part: reports travel, machines don't."""
+    return Path(name_or_path).name if Path(name_or_path).is_absolute() else str(name_or_path)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of an evaluation: its metrics, images of each model, their resolution, and how many processes."""
+
+    names: Sequence[str]
+    count: int
+    resolution: str
+    processes: int
+
+
+def report_protocol(
+    pipeline: DiffusionPipeline,
+    sampling: Sampling,
+    settings: EvaluationSettings,
+    instruments: Instruments,
+    made: Made,
+    reference: Any,
+) -> dict[str, str | int | float]:
+    """Everything that a reader needs to make the numbers again; what does not apply is left out."""
+    features, clip = instruments.features, instruments.clip
+    needs = {need for name in made.names for need in METRICS[name].needs}
+    several = "es" if made.processes > 1 else ""
+    protocol = {
+        "samples per size": made.count if "images" in needs else None,
+        "resolution": f"{made.resolution} pixels",
+        "denoising steps": settings.num_inference_steps,
+        **call_protocol(pipeline, sampling.call_arguments),
+        "prompts": min(made.count, len(sampling.arguments["prompt"])) if "prompt" in sampling.arguments else None,
+        "seeds": f"{settings.seed} to {settings.seed + made.count - 1}, one per image",
+        "batches": f"{settings.batch_size} images, {made.processes} process{several}",
+        "scheduler": type(pipeline.components["scheduler"]).__name__ if "scheduler" in pipeline.components else None,
+        "budget": pipeline.subnets.budget if isinstance(pipeline, OFAPipeline) else None,
+        "features": features.name if features else None,
+        "resized for the features": features.resize if features else None,
+        **reference_protocol(reference, instruments.real, instruments.statistics if features else None),
+        "CLIP score": f"mean cosine (w = 1), {_last_part(settings.clip_model)}" if clip else None,
+        "latency": (
+            f"one forward of the denoiser, batch of {settings.cost_batch_size}: median of {ROUNDS} rounds over all "
+            f"models, {REPEATS} forwards each"
+            if "latency" in made.names
+            else None
+        ),
+        "memory": (
+            f"peak of one forward of the denoiser, batch of {settings.cost_batch_size}, "
+            f"{pipeline.device.type.upper()}: its weights and what PyTorch allocates"
+            if "memory" in made.names
+            else None
+        ),
+        "precision": dtype_name(denoiser_of(pipeline).dtype),
+        **describe_machine(pipeline.device),
+        "command": settings.command,
+    }
+    return {name: value for name, value in protocol.items() if value is not None}

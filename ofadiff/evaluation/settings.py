@@ -1,0 +1,60 @@
+"""How an evaluation samples and measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ofadiff.evaluation.metrics.clip_scorer import DEFAULT_CLIP
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How an evaluation samples and measures; every field is a keyword of `evaluate` too.
+
+    Attributes:
+        num_samples: Images sampled per size, if a metric looks at images.
+        batch_size: Images per call of a pipeline.
+        seed: Seed of the first image, see `generate`.
+        num_inference_steps: Denoising steps.
+        arguments: What the pipeline's call takes for each image, see `generate`; prompts are `{"prompt": [...]}`.
+        call_arguments: What the call takes once, for all images, such as `{"guidance_scale": 7.5}`.
+        extractor: Features for FID and KID: `"inception"`, another of torch-fidelity's, or a registered one.
+        clip_model: CLIP for the CLIP score of images and prompts: a folder or a hub repository, see `ClipScorer`.
+        cost_batch_size: Images of the forward whose latency and memory are measured.
+        num_shown: Images per size that the report shows.
+        samples_dir: Folder to keep the images in. An evaluation that was cut off goes on from those that are there;
+            images made in another way are refused. By default images are held in memory.
+        overwrite_samples: Replace images that another evaluation left there.
+        save_reference_statistics: A `.safetensors` to write the statistics of the reference images to.
+        title: The report's.
+        command: The command line that makes this report, if there is one.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    num_samples: int = 1000
+    batch_size: int = 64
+    seed: int = 0
+    num_inference_steps: int = 50
+    arguments: Mapping[str, Sequence[Any]] | None = None
+    call_arguments: Mapping[str, Any] | None = None
+    extractor: str = "inception"
+    clip_model: str | Path = DEFAULT_CLIP
+    cost_batch_size: int = 1
+    num_shown: int = 10
+    samples_dir: str | Path | None = None
+    overwrite_samples: bool = False
+    save_reference_statistics: str | Path | None = None
+    title: str = "One model, every size"
+    command: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size", "num_shown"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -1,0 +1,117 @@
+"""What can be wrong with a run is found out before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from huggingface_hub import whoami
+
+from ofadiff.storage.ofa_config import ADAPTERS_NAME
+from ofadiff.runs.settings import Optimization, Output, RunSettings, Watching
+from ofadiff.training.checkpoint import check_flags, find_checkpoint, list_checkpoints
+from ofadiff.training.sharding import check_sharding, is_sharded
+
+# Flags that a resumed run may give anew: they say where things are and what is watched, not what is trained. With
+# another number of steps the learning rate follows the new schedule from the next step on.
+MAY_CHANGE = (
+    *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "max_train_steps"),
+    *("pretrained_model_name_or_path", "teacher_model_name_or_path", "train_data_dir", "dataset_name"),
+    *("dataset_data_files", "cache_dir", "cache_dir_latents", "dataloader_num_workers", "max_unreadable_fraction"),
+    *("train_batch_size", "gradient_accumulation_steps", "importance_batch_size", "gradient_checkpointing"),
+    *("validation_steps", "validation_samples", "validation_prompts", "validation_inference_steps", "guidance_scale"),
+    *("num_validation_images", "checkpointing_steps", "checkpoints_total_limit"),
+    *("report_to", "logging_dir", "tracker_project_name", "push_to_hub", "hub_model_id", "offload_ema", "allow_tf32"),
+)
+
+# What a resumed run is compared with elsewhere, in its own words.
+COMPARED_ELSEWHERE = (
+    *("seed", "sizes", "budget", "min_keep", "reweight", "reweight_m", "size"),
+    *("lora_rank", "lora_alpha", "lora_target_modules"),
+)
+
+
+def begin(settings: RunSettings) -> tuple[Accelerator, Path | None]:
+    """Devices, precision and trackers, and the checkpoint to resume from, if any.
+
+    Raises:
+        ValueError: If something is wrong with the settings alone.
+    """
+    check_output_dir(settings)
+    check_hub(settings.output)
+    checkpoint = find_checkpoint(settings.output.output_dir, settings.watching.resume_from_checkpoint)
+    return make_accelerator(settings.optimization, settings.watching, settings.output), checkpoint
+
+
+def check_same_flags(checkpoint: Path, settings: RunSettings) -> None:
+    """Raises ValueError if a run is asked for something else than the one that wrote a checkpoint."""
+    flags = {name: value for name, value in settings.flags().items() if name not in COMPARED_ELSEWHERE}
+    check_flags(checkpoint, flags, MAY_CHANGE)
+
+
+def check_output_dir(settings: RunSettings) -> None:
+    """Raises ValueError unless the output folder is new or empty, or may be resumed or overwritten."""
+    output, watching = settings.output, settings.watching
+    folder, resume = Path(output.output_dir), watching.resume_from_checkpoint
+    if output.overwrite_output_dir and resume:
+        raise ValueError("--overwrite_output_dir and --resume_from_checkpoint exclude each other")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file")
+    if folder.resolve() == Path(settings.model.pretrained_model_name_or_path).resolve():
+        raise ValueError(f"--output_dir {folder} is the pretrained model's own folder")
+    if output.overwrite_output_dir or not folder.exists():
+        return
+    adapters = next(folder.glob(f"*/{ADAPTERS_NAME}/*"), None)
+    if adapters is not None:
+        raise ValueError(
+            f"--output_dir {folder} has adapters of sizes, {adapters.parent}, which this run would remove; move them "
+            "away, or choose another folder"
+        )
+    if resume and list_checkpoints(folder):
+        return
+    # A run that was killed before its first checkpoint leaves these behind.
+    own = {watching.logging_dir, "samples"} if resume else set()
+    if any(path.name not in own and not path.name.startswith(".checkpoint-") for path in folder.iterdir()):
+        raise ValueError(
+            f"--output_dir {folder} is not empty; choose another one, continue a run with --resume_from_checkpoint "
+            "latest, or replace its files with --overwrite_output_dir"
+        )
+
+
+def check_hub(output: Output) -> None:
+    """Raises ValueError if the result is to be uploaded and nobody is logged in to the hub."""
+    if output.push_to_hub:
+        try:
+            whoami()
+        except OSError as error:
+            raise ValueError("--push_to_hub needs a login: run `hf auth login` first") from error
+
+
+def make_accelerator(optimization: Optimization, watching: Watching, output: Output) -> Accelerator:
+    """Devices, precision and trackers as asked for.
+
+    Raises:
+        ValueError: If something for them is not installed, or does not work together.
+    """
+    tracker = None if watching.report_to == "none" else watching.report_to
+    available = [str(known.value) for known in get_available_trackers()]
+    if tracker is not None and tracker not in available:
+        installed = ", ".join(available) or "no tracker"
+        raise ValueError(f"--report_to {watching.report_to}: not installed or unknown; installed: {installed}")
+    if optimization.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--use_8bit_adam needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    accelerator = Accelerator(
+        gradient_accumulation_steps=optimization.gradient_accumulation_steps,
+        mixed_precision=optimization.mixed_precision,
+        log_with=tracker,
+        project_dir=Path(output.output_dir) / watching.logging_dir,
+    )
+    check_sharding(accelerator, watching.validation_samples)
+    if optimization.use_8bit_adam and is_sharded(accelerator):
+        raise ValueError("--use_8bit_adam does not work with FSDP, which splits AdamW's moments over processes")
+    if optimization.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator

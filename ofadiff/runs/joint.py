@@ -1,0 +1,116 @@
+"""The joint training of a run, and the images that it draws on the way."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.utils import make_image_grid
+from PIL import Image
+
+from ofadiff.evaluation.finite import finite_outputs
+from ofadiff.runs.drawing import DRAW
+from ofadiff.runs.run import Run
+from ofadiff.runs.settings import Optimization
+from ofadiff.runs.sizes import schedule_of
+from ofadiff.supernet import Supernet
+from ofadiff.training.bundles import Objective, TrainingResult, Watching
+from ofadiff.training.checkpoint import list_checkpoints
+from ofadiff.training.single_size import SingleSize, trained_weights
+from ofadiff.training.train import train
+
+
+def train_jointly(run: Run, supernet: Supernet | SingleSize) -> TrainingResult:
+    """Trains one subnet per step, in place; the pipeline gets what is trained as its denoiser.
+
+    Args:
+        run: What it was built for.
+        supernet: What is trained; or one size of it.
+
+    Raises:
+        ValueError: If the checkpoint to resume from is another run's.
+        RuntimeError: If the loss is not finite, or too many samples of a stream cannot be read.
+    """
+    accelerator, settings = run.accelerator, run.settings
+    optimization, watching, losses = settings.optimization, settings.watching, settings.losses
+    run.pipeline.register_modules(**{run.original.component: supernet.model})
+    if optimization.gradient_checkpointing:
+        supernet.model.enable_gradient_checkpointing()
+    optimizer = make_optimizer(optimization, supernet)
+    lr_scheduler = get_scheduler(
+        optimization.lr_scheduler,
+        optimizer,
+        num_warmup_steps=optimization.lr_warmup_steps,
+        num_training_steps=optimization.max_train_steps,
+    )
+    folder = settings.output.output_dir
+    if accelerator.is_main_process and settings.output.overwrite_output_dir:
+        for old in list_checkpoints(folder):
+            shutil.rmtree(old)
+    flags = settings.flags()
+    accelerator.init_trackers(watching.tracker_project_name, config=flat(flags))
+    columns = DRAW[run.original.kind.condition].columns(watching)
+    taught = losses.distill_weight or losses.feature_distill_weight
+    objective = Objective(
+        run.prepare, run.teacher if taught else None, losses.distill_weight, losses.feature_distill_weight
+    )
+    watched = Watching(
+        validation_steps=watching.validation_steps,
+        validation_samples=watching.validation_samples,
+        on_validation=functools.partial(draw_samples, run, supernet, columns) if columns else None,
+        checkpointing_steps=watching.checkpointing_steps,
+        checkpoints_total_limit=watching.checkpoints_total_limit,
+        flags=flags,
+    )
+    data = run.data.training, run.data.validation
+    built = optimizer, lr_scheduler, accelerator
+    return train(supernet, *data, objective, *built, folder, schedule_of(run), watched, run.checkpoint)
+
+
+def make_optimizer(optimization: Optimization, supernet: Supernet | SingleSize) -> torch.optim.Optimizer:
+    """AdamW, with its moments in 8 bits if asked for."""
+    optimizer_class = torch.optim.AdamW
+    if optimization.use_8bit_adam:
+        import bitsandbytes  # an extra that needs a GPU
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    return optimizer_class(
+        trained_weights(supernet.model).values(),
+        lr=optimization.learning_rate,
+        betas=(optimization.adam_beta1, optimization.adam_beta2),
+        weight_decay=optimization.adam_weight_decay,
+        eps=optimization.adam_epsilon,
+    )
+
+
+@torch.no_grad()
+def draw_samples(run: Run, supernet: Supernet | SingleSize, columns: int, step: int) -> None:
+    """Writes `samples/{step}.png`: a row per size, a column per seed; trackers get it too. On every process."""
+    accelerator, draw = run.accelerator, DRAW[run.original.kind.condition].images
+    images: list[Image.Image] = []
+    for size in supernet.sizes:
+        seed = run.settings.optimization.seed
+        generators = [torch.Generator().manual_seed(seed + column) for column in range(columns)]
+        watched = finite_outputs(run.pipeline, supernet.model, f"size {size:g} after {step} training steps")
+        with supernet.at(size), accelerator.autocast(), watched:
+            images += draw(run, generators)
+    if not accelerator.is_main_process:
+        return
+    grid = make_image_grid(images, rows=len(supernet.sizes), cols=columns)
+    folder = Path(run.settings.output.output_dir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid.save(folder / f"{step:06}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"samples": [grid]}, step)
+
+
+def flat(values: dict[str, object]) -> dict[str, object]:
+    """Settings as trackers take them: numbers and strings."""
+    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in values.items()}

@@ -1,0 +1,141 @@
+"""A run, built and checked: all that training needs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+
+from ofadiff.denoisers.copies import copy_in
+from ofadiff.denoisers.encoder import Encoder
+from ofadiff.denoisers.kind import DenoiserKind
+from ofadiff.denoisers.original import Original, check_not_compressed, read_original
+from ofadiff.denoisers.prepare import Prepare, prepare_batch
+from ofadiff.dtypes import PRECISIONS
+from ofadiff.runs.checks import begin, check_same_flags
+from ofadiff.runs.data import RunData, encode_data, load_data, open_latent_cache
+from ofadiff.runs.settings import DEFAULTS, RunSettings
+from ofadiff.runs.size_checks import check_sizes
+from ofadiff.training.sharding import is_sharded
+
+
+@dataclass(frozen=True)
+class Run:
+    """What training needs.
+
+    Attributes:
+        settings: What was asked for, with defaults where nothing was.
+        accelerator: Devices, precision and trackers.
+        original: What the pretrained pipeline's configuration says.
+        pipeline: The pretrained pipeline.
+        data: The images.
+        prepare: Makes the denoiser's inputs of a batch.
+        encode: The frozen half of the pipeline.
+        teacher: The original denoiser, frozen, in the precision of the run.
+        checkpoint: To resume from, or None.
+    """
+
+    settings: RunSettings
+    accelerator: Accelerator
+    original: Original
+    pipeline: DiffusionPipeline
+    data: RunData
+    prepare: Prepare
+    encode: Encoder
+    teacher: nn.Module
+    checkpoint: Path | None
+
+    @property
+    def denoiser(self) -> Any:
+        """The pipeline's denoiser: the original one, until `train_jointly` puts what is trained in its place."""
+        return self.pipeline.components[self.original.component]
+
+
+def start(settings: RunSettings, kinds: Sequence[DenoiserKind] | None = None) -> Run:
+    """Everything before the sizes: what can be wrong is found out first, then data and models are loaded.
+
+    Args:
+        settings: What is asked for.
+        kinds: Kinds of denoisers that may be compressed; by default all that can be trained.
+
+    Raises:
+        ValueError: If something the user gave cannot work.
+
+    Example:
+        >>> settings = RunSettings(Model(pretrained_model_name_or_path="ddpm"), Data(train_data_dir="images"), output)
+        >>> run = start(settings)
+        >>> groups = find_channel_groups(run.denoiser)
+    """
+    accelerator, checkpoint = begin(settings)
+    model = settings.model
+    check_not_compressed(model.pretrained_model_name_or_path)
+    where = model.revision, model.variant, model.cache_dir
+    original = read_original(model.pretrained_model_name_or_path, kinds, *where)
+    settings = with_defaults_of(settings, original)
+    if checkpoint is not None:
+        check_same_flags(checkpoint, settings)
+    if is_sharded(accelerator) and not original.kind.shardable:
+        raise ValueError(
+            f"FSDP does not work with diffusers' {original.kind.model}, which uses a weight of its first block outside "
+            "that block: choose plain multi-GPU in `accelerate config`"
+        )
+    check_sizes(settings.compression, original.denoiser)
+    return build(settings, accelerator, original, checkpoint)
+
+
+def with_defaults_of(settings: RunSettings, original: Original) -> RunSettings:
+    """Settings with what training of this kind needs where nothing was asked for.
+
+    Raises:
+        ValueError: If there are flags that such a model has not.
+    """
+    settings.check_condition(original.kind, original.name)
+    return settings.with_defaults({**DEFAULTS, **original.kind.training_defaults})
+
+
+def build(settings: RunSettings, accelerator: Accelerator, original: Original, checkpoint: Path | None) -> Run:
+    """Loads data and models. Raises ValueError if something the user gave cannot work."""
+    kind, config, losses = original.kind, original.denoiser.config, settings.losses
+    forward_process = original.forward_process(losses.snr_gamma, losses.noise_offset)
+    precision = PRECISIONS[accelerator.mixed_precision]
+    data = load_data(settings, original, accelerator)
+    cache = open_latent_cache(settings, original, data, precision)
+    accelerator.wait_for_everyone()
+
+    # The frozen parts; with cached latents the encoders leave the device once everything is encoded.
+    pipeline = original.load()
+    denoiser = pipeline.components[original.component]
+    teacher = copy_in(denoiser, precision).requires_grad_(False)
+    null_class = None if kind.null_class is None else kind.null_class(config)
+    encode = Encoder(pipeline, kind, null_class, settings.classes.class_dropout_prob)
+    for module in encode.modules:
+        freeze_in(module, precision)
+    encode.to(accelerator.device)
+    if cache is not None:
+        data = encode_data(data, cache, encode, accelerator, settings.data.dataloader_num_workers)
+        encode.to("cpu")
+    prepare = functools.partial(
+        prepare_batch,
+        kind=kind,
+        config=config,
+        forward_process=forward_process,
+        encode=encode if cache is None else None,
+    )
+    if kind.begin_training is not None:
+        kind.begin_training(denoiser)
+    return Run(settings, accelerator, original, pipeline, data, prepare, encode, teacher, checkpoint)
+
+
+def freeze_in(module: nn.Module, precision: torch.dtype) -> None:
+    """Casts a frozen part of a pipeline, whatever dtype it was stored in; what float16 is too small for to float32."""
+    config = module.config if isinstance(module, ModelMixin) else {}
+    upcast = precision == torch.float16 and config.get("force_upcast")
+    # Not the method of diffusers models, which warns about every cast.
+    nn.Module.to(module, torch.float32 if upcast else precision)

@@ -1,0 +1,36 @@
+"""Whether sizes can be met, before any weight is loaded."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from diffusers import ModelMixin
+
+from ofadiff.allocation import allocate
+from ofadiff.profiling.latency import LatencyCosts
+from ofadiff.runs.settings import Compression
+from ofadiff.sizes import SizeTable
+from ofadiff.unet_elastic import find_channel_groups
+
+
+def check_sizes(compression: Compression, denoiser: ModelMixin, latencies: LatencyCosts | None = None) -> SizeTable:
+    """The sizes, as far as they are known before scores are: their widths are not.
+
+    Args:
+        compression: What is asked for.
+        denoiser: Its weights do not matter, so it may be on the meta device.
+        latencies: Which sizes in latency can be met is known once it is measured.
+
+    Raises:
+        ValueError: Unless the sizes can be met, and the options fit what was chosen.
+    """
+    compression.criterion_options()
+    compression.strategy_options()
+    groups = find_channel_groups(denoiser)
+    alike = {group.name: torch.ones(group.width) for group in groups}
+    unknown = compression.budget == "latency" and latencies is None
+    sizes, budget = ((1.0,), "params") if unknown else (compression.sizes, compression.budget)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what is missed depends on the scores, which come later
+        return allocate(denoiser, groups, alike, sizes, budget, compression.min_keep, latencies=latencies)

@@ -1,0 +1,79 @@
+"""Pipeline folders: a pipeline that is saved around another denoiser, or copied."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from safetensors import safe_open
+
+# Weights that a copy leaves out: of a variant (`model.fp16.safetensors`), and in other formats.
+OTHER_WEIGHTS = re.compile(
+    r"(model\.(?!safetensors|bin)[^.]+\.(safetensors|bin))|(\.index\.[^.]+\.json)|(\.(bin|bin\.index\.json|msgpack|ckpt|h5|onnx))$"
+)
+
+
+def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Path, variant: str | None = None) -> None:
+    """Writes the original pipeline with another denoiser; every other component stays what it was, byte for byte.
+
+    Where that cannot be (files of a variant, or no safetensors), it is loaded in the dtype that it is stored in and
+    saved.
+
+    Args:
+        denoiser_name: The component that is replaced.
+        denoiser: What takes its place.
+        folder: Folder of the original pipeline.
+        out: To write to.
+        variant: Variant of the original's files.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    denoiser.save_pretrained(out / denoiser_name)
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name != denoiser_name]
+    for name in parts:
+        weights = [path for path in (folder / name).glob("*") if path.suffix in (".safetensors", ".bin")]
+        plain = [path for path in weights if not OTHER_WEIGHTS.search(path.name)]
+        if not weights or (variant is None and plain):
+            copy_component(folder / name, out / name)
+        else:
+            others = {other: None for other in index if isinstance(index[other], list) and other != name}
+            pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant, **others)
+            loaded = [path for path in weights if variant and re.search(rf"\.{re.escape(variant)}[.-]", path.name)]
+            torch.nn.Module.to(pipeline.components[name], stored_dtype(loaded or plain)).save_pretrained(out / name)
+    library = type(denoiser).__module__.partition(".")[0]
+    index[denoiser_name] = [library, type(denoiser).__name__]
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_component(folder: Path, out: Path) -> None:
+    """Copies a component's folder, without weights of variants and of other formats than safetensors."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in folder.rglob("*"):
+        known = OTHER_WEIGHTS.search(path.name) is None and not path.name.startswith(".")
+        if path.is_file() and known:
+            target = out / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def stored_dtype(weights: Sequence[Path]) -> torch.dtype:
+    """The floating-point dtype of weights in safetensors files; float32 for other files."""
+    for path in weights:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+            return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+    return torch.float32
+
+
+def copy_pipeline(folder: Path, out: Path) -> None:
+    """Copies a pipeline's components; `model_index.json` comes last, so a killed copy is none."""
+    components = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for component in components:
+        if (folder / component).is_dir():
+            shutil.copytree(folder / component, out / component, dirs_exist_ok=True)
+    shutil.copy2(folder / "model_index.json", out / "model_index.json")

@@ -1,0 +1,3 @@
+"""What the tests of data share."""
+
+from training.conftest import data  # noqa: F401
