@@ -89,7 +89,11 @@ MODELS: dict[str, Callable[[], ModelMixin]] = {
 }
 
 
-@pytest.fixture(params=MODELS)
+# Whoever edits is content with the first.
+PARAMS = [name if name == "plain" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+
+
+@pytest.fixture(params=PARAMS)
 def unet(request: pytest.FixtureRequest) -> ModelMixin:
     """One of the four tiny denoisers, in eval mode, the same weights in every test."""
     return make_unet(request.param)

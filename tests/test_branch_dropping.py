@@ -26,6 +26,8 @@ from ofadiff.cutting import shrink_model
 from ofadiff.profiling.cost import count_macs, count_parameters
 from ofadiff.unet_elastic.dropped_attention import DroppedAttention
 
+pytestmark = pytest.mark.slow
+
 TRANSFORMERS = ("DiTTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel")
 
 

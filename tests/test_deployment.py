@@ -13,6 +13,8 @@ from torch._dynamo.testing import CompileCounter
 
 from ofadiff import Supernet
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[1] / "docs" / "deployment.md"
 START, *SECTIONS = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
 SECTION = dict(section.split("\n", 1) for section in SECTIONS)

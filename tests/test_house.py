@@ -1,6 +1,7 @@
 """The house: imports run one way, the library needs no recipes and no extras, functions stay short."""
 
 import ast
+import functools
 import importlib
 import subprocess
 import sys
@@ -41,13 +42,17 @@ ORDER = [
 LONGEST, PARAMETERS = 80, 12
 
 
+@functools.cache
 def modules():
     """Name and syntax tree of every module."""
+    found = []
     for path in sorted((ROOT / "ofadiff").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        yield name, ast.parse(path.read_text(encoding="utf-8"))
+        found.append((name, ast.parse(path.read_text(encoding="utf-8"))))
+    return found
 
 
+@functools.cache
 def imports():
     """What each module imports of the library: late imports and those for type checkers alone as well."""
     trees = dict(modules())
@@ -110,6 +115,7 @@ WITHOUT = "import sys; sys.modules.update(dict.fromkeys({missing!r})); "
 EXTRAS = {"datasets", "transformers", "peft", "matplotlib", "torch_fidelity", "skimage", "jinja2", "sklearn"}
 
 
+@pytest.mark.slow
 def test_no_extra_is_needed_to_import_the_library_and_its_commands():
     code = WITHOUT.format(missing=EXTRAS) + "import ofadiff, ofadiff.commands.app, ofadiff.runs"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -140,6 +146,7 @@ def test_modules_that_moved_are_found_under_their_old_names(name):
     assert own and all(vars(old)[each] is vars(first)[each] for each in own)
 
 
+@pytest.mark.slow
 def test_a_module_that_moved_is_an_attribute_too():
     code = "import ofadiff; ofadiff.cost.latency_table; ofadiff.size_adapter.SizeAdapter; ofadiff.profiling.count_macs"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -216,6 +216,7 @@ def test_parts_that_were_cut_once_are_those_of_the_size_and_take_no_part_in_trai
     assert conv.kept and conv.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_compiling_makes_one_graph_per_size_and_none_when_a_size_returns():
     unet = plain_unet(block_out_channels=(32,), down_block_types=("AttnDownBlock2D",), up_block_types=("UpBlock2D",))
     supernet = make_supernet(unet.eval())

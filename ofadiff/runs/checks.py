@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from huggingface_hub import whoami
 
-from ofadiff.storage.ofa_config import ADAPTERS_NAME
 from ofadiff.runs.settings import Optimization, Output, RunSettings, Watching
+from ofadiff.storage.ofa_config import ADAPTERS_NAME
 from ofadiff.training.checkpoint import check_flags, find_checkpoint, list_checkpoints
 from ofadiff.training.sharding import check_sharding, is_sharded
 

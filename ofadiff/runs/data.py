@@ -150,7 +150,9 @@ def check_labels(images: Images, known: float) -> None:
         raise ValueError(f"label {outside_labels[0]} of the images is not one of the model's {known} classes")
 
 
-def open_latent_cache(settings: RunSettings, original: Original, data: RunData, dtype: torch.dtype) -> LatentCache | None:
+def open_latent_cache(
+    settings: RunSettings, original: Original, data: RunData, dtype: torch.dtype
+) -> LatentCache | None:
     """The folder of `--cache_dir_latents`, if one is asked for: new, empty, or made from the same things.
 
     Raises:

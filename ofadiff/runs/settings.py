@@ -33,7 +33,6 @@ from ofadiff.values import (
     one_of,
 )
 
-
 # What holds where nothing else is asked for, and the kind of denoiser has no default of its own.
 DEFAULTS: Mapping[str, Any] = {
     "validation_fraction": 0.1,

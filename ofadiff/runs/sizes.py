@@ -7,9 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, send_to_device
-from diffusers import ModelMixin
 
 from ofadiff.allocation import allocate, ladders
 from ofadiff.channels import ChannelGroup

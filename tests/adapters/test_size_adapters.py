@@ -24,6 +24,8 @@ from ofadiff.adapters.size_adapter import (
 from ofadiff.layers import LowRankUpdate, make_elastic
 from ofadiff.storage.ofa_config import ADAPTERS_NAME
 
+pytestmark = pytest.mark.slow
+
 SIZES = (0.5, 0.75, 1.0)
 # Cut layers of every kind, and two that no group cuts.
 TARGETS = [

@@ -8,6 +8,8 @@ import torch
 from emoji_models import Recipe
 from tiny_stable_diffusion import save_captioned_images
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tiny(monkeypatch):

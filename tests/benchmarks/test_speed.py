@@ -12,6 +12,8 @@ from side_by_side import Comparison, Row, main
 
 from benchmarks import training
 
+pytestmark = pytest.mark.slow
+
 # A part of every row that the benchmark has to have.
 ROWS = {
     importance: ("time of 2 samples", "peak memory", "largest relative difference"),

@@ -17,6 +17,8 @@ from ofadiff import OFAPipeline
 from ofadiff.commands import command
 from ofadiff.commands.app import main, make_app
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     "max_train_steps": 1,
     "train_batch_size": 2,

@@ -19,6 +19,8 @@ from tiny_transformers import tiny, tiny_inputs
 
 from ofadiff import OFAPipeline, Supernet, allocate, find_channel_groups, score_channels
 
+pytestmark = pytest.mark.slow
+
 SIZES = (0.6, 1.0)
 TARGETS = {
     "sd15": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj"],

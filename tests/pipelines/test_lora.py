@@ -10,6 +10,8 @@ from tiny_stable_diffusion import save_stable_diffusion
 
 from ofadiff import OFAPipeline
 
+pytestmark = pytest.mark.slow
+
 SIZES = (0.5, 0.75, 1.0)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj"]
 

@@ -110,6 +110,7 @@ def test_plain_diffusers_loads_an_extracted_pipeline(folder, tmp_path):
         assert torch.equal(output(plain.unet, inputs), output(unet, inputs))
 
 
+@pytest.mark.slow
 def test_diffusers_without_ofadiff_loads_the_checkpoint_at_full_size(folder):
     script = (
         "import sys, torch; from diffusers import DiffusionPipeline, UNet2DModel; "

@@ -27,6 +27,8 @@ from tiny_stable_diffusion import make_unet, save_stable_diffusion, save_stable_
 
 from ofadiff import OFAPipeline
 
+pytestmark = pytest.mark.slow
+
 SAVE = {"sd": save_stable_diffusion, "sdxl": save_stable_diffusion_xl}
 # For every task what chooses its pipeline class, and what a call needs.
 TASKS = {

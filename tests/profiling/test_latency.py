@@ -14,6 +14,8 @@ from ofadiff.allocation.width_ladders import ladders
 from ofadiff.profiling.cost import unit_costs
 from ofadiff.profiling.latency import LatencyCosts, latency_table, measure_latency_costs
 
+pytestmark = pytest.mark.slow
+
 SIZES = (0.55, 0.75, 0.9, 1.0)
 
 

@@ -11,6 +11,8 @@ from PIL import Image
 
 from ofadiff import OFAPipeline, Supernet
 
+pytestmark = pytest.mark.slow
+
 
 def save_teacher(folder, **changes):
     torch.manual_seed(0)

@@ -14,6 +14,8 @@ from ofadiff.denoisers.dit import drop_labels, keep_labels
 from ofadiff.runs import Compression, Data, Model, Output, RunSettings, save, start
 from ofadiff.training.bundles import TrainingResult
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 3
 
 

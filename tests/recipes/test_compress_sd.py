@@ -20,6 +20,8 @@ from ofadiff.noise.choice import make_noise_scheduler
 from ofadiff.runs import Compression, Data, Model, Optimization, Output, RunSettings, start
 from ofadiff.runs.size_checks import check_sizes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):

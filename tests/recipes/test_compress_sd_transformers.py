@@ -16,7 +16,7 @@ from ofadiff.denoisers.encoder import Encoder
 from ofadiff.denoisers.original import Original
 
 # Sana's scheduler computes with numpy as it was.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
 
 
 @pytest.fixture(scope="module")

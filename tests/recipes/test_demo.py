@@ -5,6 +5,8 @@ from diffusers import DiffusionPipeline
 
 import ofadiff
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_demo_leaves_what_it_promises(launch, words, tmp_path):
     options = {

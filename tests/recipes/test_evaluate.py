@@ -18,6 +18,8 @@ from ofadiff.commands.evaluate import Measured, ReportFiles, Samples, command_li
 from ofadiff.evaluation import Report, register_extractor
 from ofadiff.evaluation.saved_images import SavedImages
 
+pytestmark = pytest.mark.slow
+
 
 def main(words=None):
     command.main(load_recipe("evaluate.py"), words)

@@ -8,6 +8,8 @@ from ofadiff import OFAPipeline
 from ofadiff.adapters.size_adapter import SizeAdapter
 from ofadiff.commands import command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def checkpoint(tmp_path):

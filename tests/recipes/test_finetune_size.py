@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from ofadiff import OFAPipeline, Supernet
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 ADAPTER = "unet/ofa_adapters/0.5"
 

@@ -10,6 +10,8 @@ from tiny_stable_diffusion import save_captioned_images, save_stable_diffusion
 
 from ofadiff import OFAPipeline
 
+pytestmark = pytest.mark.slow
+
 # Components in half precision; the others are stored in float32.
 STORED = {
     "all": ("unet", "vae", "text_encoder"),

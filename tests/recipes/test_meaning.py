@@ -24,6 +24,8 @@ from ofadiff.runs import (
 from ofadiff.runs.checks import COMPARED_ELSEWHERE, MAY_CHANGE
 from ofadiff.runs.settings import RunSettings
 
+pytestmark = pytest.mark.slow
+
 BUNDLES = (Captions, Classes, Compression, Data, Losses, Optimization, Watching)
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

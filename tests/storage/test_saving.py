@@ -18,6 +18,8 @@ from ofadiff.extraction.reader import load_extracted
 from ofadiff.sizes import CONFIG_NAME
 from ofadiff.storage.files import add_to_safetensors, read_metadata
 
+pytestmark = pytest.mark.slow
+
 SIZES = (0.5, 1.0)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -15,6 +15,8 @@ from ofadiff.training.sharding import check_sharding
 from training.fsdp_on_cpu import make_sharded_accelerator
 from training.sharded_run import run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

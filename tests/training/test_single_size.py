@@ -9,6 +9,8 @@ from ofadiff.denoisers.prepare import prepare_pixels
 from ofadiff.training.single_size import SingleSize, trained_weights
 from training.tiny_run import make_supernet, make_teacher, train_with
 
+pytestmark = pytest.mark.slow
+
 
 def make_single_size(rank=2, **description):
     """Half of the tiny supernet with a LoRA, or without a rank the whole subnet."""

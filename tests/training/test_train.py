@@ -40,6 +40,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_ends_as_if_nothing_had_happened(run, make_accelerator, tmp_path):
     def kill(step):
         if step == 5:
@@ -100,6 +101,7 @@ def test_the_full_size_starts_at_the_teachers_loss_and_sizes_compare(run):
     assert start[0.5] != start[0.75] != start[1.0]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_of_every_size(run):
     _, result = run(max_train_steps=40, train_batch_size=14, lr=3e-3, feature_distill_weight=0.0)
     assert all(result.history[40][size] < result.history[0][size] for size in (0.5, 0.75, 1.0))

@@ -4,7 +4,7 @@ from ofadiff.architectures import Architecture, architectures
 from ofadiff.commands.architectures import page
 
 # diffusers warns of its own classes.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from ofadiff.unet_elastic import FINDERS, verify_groups
 
 # diffusers warns of its own classes, PyTorch of some of theirs.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:`Transformer2DModelOutput` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
