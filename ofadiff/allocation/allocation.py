@@ -1,10 +1,8 @@
-"""How many units each group keeps at a size (equation 5), exact in parameters, MACs or measured costs in time.
+"""How many units each group keeps at a size, exact in parameters, MACs or measured costs in time.
 
-Equation 5 keeps C_l = max(min(Î_l · K_B · P · |l|, |l|), P0 · |l|) of layer l, where Î_l is the layer's share of the
-importance in its block B, K_B the number of layers there, P the retention rate and P0 its floor. So unit number w of a
-group is reached when P has grown to w / (Î_l · K_B · |l|). Sorting all steps of all groups by that P gives one
-sequence; every budget is a prefix of it, what a full layer cannot take goes to the others, and subnets nest by
-construction.
+By equation 5 (`equation_5.py`) unit number w of a group is reached when P has grown to w / (Î_l · K_B · |l|). Sorting all
+steps of all groups by that P gives one sequence; every budget is a prefix of it, what a full layer cannot take goes to the
+others, and subnets nest by construction.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ofadiff.allocation.budgets import BUDGETS, budget_widths, cost_at, costs_of
+from ofadiff.allocation.budgets import BUDGETS, COSTS, budget_widths
 from ofadiff.allocation.equation_5 import paper_widths
 from ofadiff.allocation.width_ladders import ladders
 from ofadiff.channels import ChannelGroup, check_scores
@@ -88,8 +86,8 @@ def allocate(
     if budget == "channels":
         widths_of = {size: paper_widths(groups, scores, size, min_keep) for size in sizes}
     else:
-        full, cost_of = costs_of(budget, costs, latencies)
-        widths_of = budget_widths(groups, scores, sizes, budget, min_keep, alignment, full, cost_of)
+        budgeted = COSTS[budget](costs, latencies)
+        widths_of = budget_widths(groups, scores, sizes, budget, budgeted, min_keep, alignment)
     table = SizeTable(
         _subnets(groups, widths_of, costs, latencies),
         budget,
@@ -125,7 +123,7 @@ def _subnets(
     """The subnets of some widths with their costs. Raises ValueError if two sizes have the same widths."""
 
     def total(budget: str, widths: Mapping[str, int]) -> int:
-        return cost_at(*costs_of(budget, costs, latencies), groups, widths)
+        return COSTS[budget](costs, latencies).at(groups, widths)
 
     subnets = [
         Subnet(

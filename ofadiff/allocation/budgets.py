@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,10 +15,48 @@ from ofadiff.profiling.cost import UnitCosts
 from ofadiff.profiling.latency import LatencyCosts
 from ofadiff.sizes import TOLERANCE
 
-BUDGETS = ("params", "macs", "latency", "channels")
 
-# What a group costs when it keeps so many units: `cost_of(group name, units)`.
-CostOf = Callable[[str, int], int]
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs in a budget, as a sum over its groups.
+
+    Attributes:
+        full: What the full model costs.
+        of: `of(group name, units)`: what a group costs when it keeps so many units.
+    """
+
+    full: int
+    of: Callable[[str, int], int]
+
+    def at(self, groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> int:
+        """What the subnet costs whose groups keep so many units."""
+        return self.full - sum(self.of(g.name, g.width) - self.of(g.name, widths[g.name]) for g in groups)
+
+
+def parameters(costs: UnitCosts, latencies: LatencyCosts | None) -> Costs:
+    """Weights and biases."""
+    return Costs(costs.params, lambda group, units: costs.unit_params[group] * units)
+
+
+def macs(costs: UnitCosts, latencies: LatencyCosts | None) -> Costs:
+    """Multiply-accumulate operations of one forward."""
+    return Costs(costs.macs, lambda group, units: costs.unit_macs[group] * units)
+
+
+def latency(costs: UnitCosts, latencies: LatencyCosts | None) -> Costs:
+    """Nanoseconds of one forward, as they were measured group by group."""
+    assert latencies is not None
+    return Costs(latencies.full, latencies.of)
+
+
+# A new budget is a function and a line here.
+COSTS: dict[str, Callable[[UnitCosts, LatencyCosts | None], Costs]] = {
+    "params": parameters,
+    "macs": macs,
+    "latency": latency,
+}
+# The paper's retention rate is a budget of no cost: what its subnets cost is only reported.
+BUDGETS = (*COSTS, "channels")
 
 
 def budget_widths(
@@ -25,13 +64,27 @@ def budget_widths(
     scores: Mapping[str, torch.Tensor],
     sizes: Sequence[float],
     budget: str,
+    costs: Costs,
     min_keep: float,
     alignment: int,
-    full: int,
-    cost_of: CostOf,
 ) -> dict[float, dict[str, int]]:
+    """Widths at each size that come as close to it as the groups' ladders allow, and not above; nested.
+
+    Args:
+        groups: The channel groups.
+        scores: For every group its scores, `(width,)`.
+        sizes: Fractions of the full cost, ascending.
+        budget: Name of the budget, for an error.
+        costs: Of that budget.
+        min_keep: As in `allocate`.
+        alignment: As in `allocate`.
+
+    Raises:
+        ValueError: If the smallest size is below the smallest subnet.
+    """
     widths = ladders(groups, min_keep, alignment)
-    smallest = cost_at(full, cost_of, groups, {name: rungs[0] for name, rungs in widths.items()})
+    full = costs.full
+    smallest = costs.at(groups, {name: rungs[0] for name, rungs in widths.items()})
     if sizes[0] * full < smallest - TOLERANCE * full:
         raise ValueError(
             f"size {sizes[0]:g} is not possible: with min_keep {min_keep:g} the smallest subnet has "
@@ -48,22 +101,10 @@ def budget_widths(
         for name, rung in steps:
             if rung != position[name] + 1 or name in closed:
                 continue
-            more = cost_of(name, widths[name][rung]) - cost_of(name, widths[name][rung - 1])
+            more = costs.of(name, widths[name][rung]) - costs.of(name, widths[name][rung - 1])
             if cost + more > size * full:
                 closed.add(name)
                 continue
             position[name], cost = rung, cost + more
         chosen[size] = {name: widths[name][rung] for name, rung in position.items()}
     return chosen
-
-
-def costs_of(budget: str, costs: UnitCosts, latencies: LatencyCosts | None) -> tuple[int, CostOf]:
-    """What the full model costs in a budget, and what a group does."""
-    if budget == "latency" and latencies is not None:
-        return latencies.full, latencies.of
-    full, unit = (costs.params, costs.unit_params) if budget == "params" else (costs.macs, costs.unit_macs)
-    return full, lambda group, units: unit[group] * units
-
-
-def cost_at(full: int, cost_of: CostOf, groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> int:
-    return full - sum(cost_of(group.name, group.width) - cost_of(group.name, widths[group.name]) for group in groups)
