@@ -1,8 +1,8 @@
 """How many units each group keeps at a size, exact in parameters, MACs or measured costs in time.
 
-By equation 5 (`equation_5.py`) unit number w of a group is reached when P has grown to w / (Î_l · K_B · |l|). Sorting all
-steps of all groups by that P gives one sequence; every budget is a prefix of it, what a full layer cannot take goes to
-the others, and subnets nest by construction.
+By equation 5 (`equation_5.py`) unit number w of a group is reached when P has grown to w / (Î_l · K_B · |l|). Sorting
+all steps of all groups by that P gives one sequence; every budget is a prefix of it, what a full layer cannot take goes
+to the others, and subnets nest by construction.
 """
 
 from __future__ import annotations

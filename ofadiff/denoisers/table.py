@@ -90,9 +90,10 @@ def trainable_kinds(condition: str | None = None) -> list[DenoiserKind]:
 
 def pipelines_in_words(kinds: Iterable[DenoiserKind]) -> str:
     """The pipelines of some kinds, for an error."""
-    words: list[str] = []
-    for kind in kinds:
-        words += kind.components
-        if kind.pixels_as is not None:
-            words.append(f"pipeline of a {kind.model} as its {kind.pixels_as} and a scheduler")
-    return f"a {' or '.join(dict.fromkeys(words))}"
+    kinds = list(kinds)
+    named = dict.fromkeys(pipeline for kind in kinds for pipeline in kind.components)
+    words = [f"a {' or '.join(named)}"] if named else []
+    for component in dict.fromkeys(kind.pixels_as for kind in kinds if kind.pixels_as is not None):
+        models = dict.fromkeys(kind.model for kind in kinds if kind.pixels_as == component)
+        words.append(f"a pipeline of a scheduler and a {' or '.join(models)} as its {component}")
+    return ", or ".join(words)

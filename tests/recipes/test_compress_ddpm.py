@@ -216,7 +216,10 @@ def test_only_ddpm_style_pipelines_are_taken(run, files, tmp_path):
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
     DDPMPipeline(text_unet, DDPMScheduler()).save_pretrained(tmp_path / "text")
-    refused(tmp_path / "text", "expected a pipeline of a UNet2DModel as its unet .* a UNet2DConditionModel as its unet")
+    refused(
+        tmp_path / "text",
+        "expected a pipeline of a scheduler and a UNet2DModel as its unet; .* a UNet2DConditionModel as its unet",
+    )
     run()
     refused(tmp_path / "out", "own folder")
     with pytest.raises(ValueError, match="is compressed already"):
