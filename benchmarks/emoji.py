@@ -51,6 +51,8 @@ class Setting:
         joint: Its joint training; channels are not used.
         sizes: What it is compressed to, fractions of the UNet's parameters.
         num_samples: Images sampled of each size; their prompts go through all captions.
+        importance_samples: Noisy images that the ranking looks at.
+        validation_samples: Noisy images of a validation.
     """
 
     resolution: int
@@ -60,6 +62,8 @@ class Setting:
     joint: Recipe
     sizes: tuple[float, ...]
     num_samples: int
+    importance_samples: int = 1024
+    validation_samples: int = 512
 
 
 SETTINGS = {
@@ -183,6 +187,8 @@ def compress(folder: Path, setting: Setting, seed: int, name: str, steps: int) -
         "validation_fraction": VALIDATION_FRACTION,
         "max_train_steps": steps,
         "train_batch_size": recipe.batch_size,
+        "importance_samples": setting.importance_samples,
+        "validation_samples": setting.validation_samples,
         "learning_rate": recipe.learning_rate,
         "lr_warmup_steps": min(100, steps // 10),
         "ema_decay": 0.995,

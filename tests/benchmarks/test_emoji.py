@@ -21,6 +21,8 @@ def tiny(monkeypatch):
         joint=Recipe((), 2, 4, 1e-3),
         sizes=(0.6, 1.0),
         num_samples=6,
+        importance_samples=4,
+        validation_samples=4,
     )
     monkeypatch.setitem(emoji.SETTINGS, "cpu", setting)
     monkeypatch.setattr(emoji, "INFERENCE_STEPS", 2)

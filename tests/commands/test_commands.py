@@ -11,7 +11,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from recipes.test_compress_dit import files as dit_files  # noqa: F401
 from recipes.tiny_stable_diffusion import save_captioned_images
 from recipes.tiny_text_to_image import save_pipeline
-from test_house import WITHOUT
+from test_written_before import WRITTEN
 
 from ofadiff import OFAPipeline
 from ofadiff.commands import command
@@ -138,26 +138,37 @@ def test_a_mistake_is_one_sentence_and_debug_shows_where_it_comes_from(tmp_path,
         main([*line, "--debug"])
 
 
-@pytest.mark.parametrize(
-    ("missing", "line", "said"),
-    [
-        ("datasets", "compress --dataset_name x", "data sets are read with datasets: pip install ofadiff[train]"),
-        ("peft", "heal --size 0.6 --lora_rank 2", "--lora_rank needs peft, which is not installed: pip install"),
-        ("torch_fidelity", "evaluate", "FID and KID need torch-fidelity: pip install ofadiff[eval]"),
-        ("matplotlib", "evaluate", "plots need matplotlib: pip install ofadiff[eval]"),
-        ("jinja2", "evaluate", "the report needs Jinja: pip install ofadiff[eval]"),
-    ],
-)
-def test_a_missing_extra_is_one_sentence(run, digits, tmp_path, missing, line, said):
-    name, *rest = line.split()
-    if name == "heal":
-        originals = {"pretrained_model_name_or_path": digits / "original", "train_data_dir": digits / "images"}
-        run("compress", **originals, **{**TINY, "max_train_steps": 0}, output_dir=tmp_path / "ofa", sizes="0.6 1.0")
-    model = tmp_path / "ofa" if name == "heal" else digits / "original"
-    rest += ["--checkpoint" if name == "evaluate" else "--pretrained_model_name_or_path", str(model)]
-    rest += ["--reference_dir", str(digits / "images")] if name == "evaluate" else []
-    code = WITHOUT.format(missing={missing}) + "from ofadiff.commands.app import main; main()"
-    command = [sys.executable, "-c", code, name, *rest, "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+MISSING = {
+    "datasets": ("compress --dataset_name x", "data sets are read with datasets: pip install ofadiff[train]"),
+    "peft": ("heal --size 0.5 --lora_rank 2", "--lora_rank needs peft, which is not installed: pip install peft"),
+    "torch_fidelity": ("evaluate", "FID and KID need torch-fidelity: pip install ofadiff[eval]"),
+    "matplotlib": ("evaluate", "plots need matplotlib: pip install ofadiff[eval]"),
+    "jinja2": ("evaluate", "the report needs Jinja: pip install ofadiff[eval]"),
+}
+# Each command where one package is not installed, in a process where none was imported yet.
+EACH = """
+import json, sys
+from ofadiff.commands.app import main
+for missing, words in json.loads(sys.argv[1]).items():
+    sys.modules[missing] = None
+    try:
+        main(words)
+    except SystemExit as end:
+        print(missing, end.code, file=sys.stderr)
+    del sys.modules[missing]
+"""
+
+
+def test_a_missing_extra_is_one_sentence(digits, tmp_path):
+    lines = {}
+    for missing, (line, _) in MISSING.items():
+        name, *rest = line.split()
+        model = WRITTEN / "pipeline" if name == "heal" else digits / "original"
+        rest += ["--checkpoint" if name == "evaluate" else "--pretrained_model_name_or_path", str(model)]
+        rest += ["--reference_dir", str(digits / "images")] if name == "evaluate" else []
+        lines[missing] = [name, *rest, "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", EACH, json.dumps(lines)], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    for missing, (_, said) in MISSING.items():
+        assert f"ofadiff: error: {said}\n{missing} 2\n" in done.stderr
     assert not (tmp_path / "out").exists()
