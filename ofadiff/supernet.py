@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
+from ofadiff.adapters.loaded import is_adapted
 from ofadiff.adapters.size_adapter import SizeAdapter, load_size_adapters
 from ofadiff.basis.change import PERMUTATION, compact, load_basis
 from ofadiff.basis.rotation import check_not_rotated
@@ -24,13 +25,8 @@ from ofadiff.layers import ELASTIC, is_adaptable, make_elastic
 from ofadiff.sizes import SizeTable, Subnet
 from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
 from ofadiff.storage.structure import check_fingerprints, check_structure
-from ofadiff.supernet_model import (
-    SupernetModel,
-    SupernetState,
-    is_adapted,
-    supernet_class,
-    unwrapped,
-)
+from ofadiff.supernet_model import SupernetModel, supernet_class, unwrapped
+from ofadiff.supernet_state import SupernetState
 from ofadiff.unet_elastic import find_channel_groups
 
 

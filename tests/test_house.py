@@ -24,6 +24,7 @@ ORDER = [
     {"verification"},
     {"unet_elastic", "stand_ins", "adapters"},
     {"extraction"},
+    {"supernet_state"},
     {"supernet_model"},
     {"supernet"},
     {"noise"},

@@ -66,7 +66,7 @@ def test_a_killed_save_leaves_the_old_supernet_or_the_new_one(kind, tmp_path, mo
     for limit in range(1, 100):
         left[0] = limit
         with monkeypatch.context() as patched:
-            patched.setattr("ofadiff.supernet_model.save_basis", counted(save_basis))
+            patched.setattr("ofadiff.supernet_state.save_basis", counted(save_basis))
             patched.setattr("ofadiff.storage.files.os.replace", counted(os.replace))
             patched.setattr("safetensors.torch.save_file", counted(save_file))
             patched.setattr("ofadiff.storage.files.shutil.rmtree", counted(shutil.rmtree))
