@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from cyclopts import App
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def make_app() -> App:
     """The application with all commands."""
     app = command.make_app("ofadiff", "Compress a pretrained diffusion model once, for every device.")
+    app.version_flags, app.version = ("--version",), version("ofadiff")
     for name, function in COMMANDS.items():
         app.command(function, name=name)
     return app

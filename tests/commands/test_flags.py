@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,11 @@ def test_help_lists_every_flag_with_its_default(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert all(flag in text for flag in flags_of(app["compress"], app))
     assert "[default: 16]" in text and "--config FILE" in text
+
+
+def test_the_version_is_said(capsys):
+    call(make_app(), ["--version"])
+    assert capsys.readouterr().out.strip() == version("ofadiff")
 
 
 def test_what_is_not_asked_for_has_the_default_of_the_kind():
