@@ -134,7 +134,8 @@ def files_of_folder(folder: Path, split: str) -> dict[str, list[str]] | None:
     images = find_images(folder)
     if images:
         in_splits = [bool(SPLITS & {part.lower() for part in path.relative_to(folder).parts[:-1]}) for path in images]
-        return None if all(in_splits) else {split: [str(folder / "**")]}
+        # A relative pattern would be looked for inside the folder, not beside it.
+        return None if all(in_splits) else {split: [str(folder.absolute() / "**")]}
     data = [path for path in find_files(folder) if path.suffix in (".parquet", ".arrow", ".csv", ".jsonl", ".tar")]
     words = {path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in data}
     others = [path.name for path, found in words.items() if not SPLITS & found]

@@ -105,3 +105,18 @@ def test_files_that_would_be_left_out_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"more\.parquet would be left out; say which ones are meant"):
         load_dataset_split(str(tmp_path / "mixed"), cache_dir=str(tmp_path / "cache"))
     assert names_of(tmp_path / "split", tmp_path / "cache") == [5]
+
+
+@pytest.mark.parametrize("written", ["{}", "./{}", "../here/{}", "{}/"])
+def test_folders_beside_the_user_are_read_like_any_other(tmp_path, monkeypatch, written):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for value in range(3):
+        save(tmp_path / "here" / "images" / f"{value}.png", value)
+    (tmp_path / "here" / "table").mkdir()
+    pandas.DataFrame({"text": ["a", "b"]}).to_parquet(tmp_path / "here" / "table" / "0.parquet")
+    assert names_of(written.format("images"), tmp_path / "cache") == [0, 1, 2]
+    rows = load_dataset_split(written.format("table"), cache_dir=str(tmp_path / "cache"))
+    assert rows["text"] == ["a", "b"]
+    streamed = load_dataset_split(written.format("table"), cache_dir=str(tmp_path / "cache"), streaming=True)
+    assert [row["text"] for row in streamed] == ["a", "b"]
