@@ -13,6 +13,7 @@ from ofadiff.evaluation import evaluate
 from ofadiff.extraction import extracted_class_by_name
 from ofadiff.importance import score_channels
 from ofadiff.pipelines import OFAPipeline
+from ofadiff.pipelines.recording import record
 from ofadiff.supernet import Supernet
 from ofadiff.unet_elastic import find_channel_groups
 
@@ -22,6 +23,7 @@ __all__ = [
     "allocate",
     "evaluate",
     "find_channel_groups",
+    "record",
     "rotate_attention",
     "score_channels",
 ]

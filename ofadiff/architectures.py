@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +15,9 @@ from torch import nn
 
 from ofadiff.allocation.width_ladders import ladder
 from ofadiff.channels import ChannelGroup, slices_by_module
+from ofadiff.denoisers.pipelines import is_denoiser
 from ofadiff.profiling.cost import count_parameters, unit_parameters
 from ofadiff.unet_elastic import elastic_parameters, find_channel_groups
-
-# Where diffusers keeps its denoisers.
-PACKAGES = ("diffusers.models.transformers.", "diffusers.models.unets.")
-
-# Classes there that are parts of a denoiser and never one.
-PARTS = {
-    "DreamLiteTransformer2DModel",
-    "MiniMaxMusic3RVQDepthDecoder",
-    "MotionAdapter",
-    "Transformer2DModel",
-    "TransformerTemporalModel",
-}
 
 # What a class needs to be built and has no default for, as in the checkpoints that were published.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -103,15 +92,8 @@ def architectures(min_keep: float = 0.25) -> list[Architecture]:
 
 def denoiser_classes() -> list[type[ModelMixin]]:
     """The denoiser classes that the installed diffusers exports, by name."""
-    exported = (getattr(diffusers, name, None) for name in sorted(dir(diffusers)))
-    return [
-        found
-        for found in exported
-        if inspect.isclass(found)
-        and issubclass(found, ModelMixin)
-        and found.__module__.startswith(PACKAGES)
-        and found.__name__ not in PARTS
-    ]
+    exported: Iterator[Any] = (getattr(diffusers, name, None) for name in sorted(dir(diffusers)))
+    return [found for found in exported if is_denoiser(found)]
 
 
 def _architecture(model_class: type[ModelMixin], min_keep: float) -> Architecture:

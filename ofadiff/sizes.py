@@ -21,7 +21,7 @@ class Subnet:
         size: What was asked for: the fraction of the full model's budget, in (0, 1].
         widths: Units kept, for every channel group by name.
         params: Parameters of the denoiser at this size.
-        macs: MACs of one forward at this size, batch of one.
+        macs: MACs of one forward at this size, batch of one; None if nothing said what the model is called with.
         latency_ms: Milliseconds of one forward, predicted from those that its groups cost where the sizes were chosen;
             None if they were not measured.
     """
@@ -29,7 +29,7 @@ class Subnet:
     size: float
     widths: dict[str, int]
     params: int
-    macs: int
+    macs: int | None = None
     latency_ms: float | None = None
 
     @property
@@ -46,7 +46,7 @@ class SizeTable(Sequence[Subnet]):
         budget: What a size is a fraction of: `"params"`, `"macs"`, `"latency"` or `"channels"`.
         min_keep: Smallest share of its units that a group keeps, in [0, 1]; with 0 groups may be dropped.
         full_params: Parameters of the full denoiser.
-        full_macs: MACs of one forward of the full denoiser, batch of one.
+        full_macs: MACs of one forward of the full denoiser, batch of one; None if they were not counted.
         full_latency_ms: Milliseconds of such a forward; None if it was not measured.
         processor: What these were measured on.
     """
@@ -57,7 +57,7 @@ class SizeTable(Sequence[Subnet]):
         budget: str,
         min_keep: float,
         full_params: int,
-        full_macs: int,
+        full_macs: int | None,
         full_latency_ms: float | None = None,
         processor: str | None = None,
     ) -> None:
@@ -124,8 +124,13 @@ class SizeTable(Sequence[Subnet]):
             return subnet.latency_ms / self.full_latency_ms if known else None  # type: ignore[operator]
         if self.budget not in ("params", "macs"):
             return None
-        spent, full = (subnet.params, self.full_params) if self.budget == "params" else (subnet.macs, self.full_macs)
-        return spent / full
+        if self.budget == "params":
+            return subnet.params / self.full_params
+        return self.share_of_macs(subnet)
+
+    def share_of_macs(self, subnet: Subnet) -> float | None:
+        """The fraction of the full model's MACs that a subnet takes; None if they were not counted."""
+        return None if subnet.macs is None or self.full_macs is None else subnet.macs / self.full_macs
 
     @property
     def missed(self) -> dict[float, float]:
@@ -139,7 +144,7 @@ class SizeTable(Sequence[Subnet]):
     def __repr__(self) -> str:
         rows = (
             f"{s.size:g}: {s.params / 1e6:.2f} M params ({s.params / self.full_params:.1%}), "
-            f"{s.macs / 1e9:.3f} GMACs ({s.macs / self.full_macs:.1%})"
+            + ("MACs not counted" if s.macs is None else f"{s.macs / 1e9:.3f} GMACs ({self.share_of_macs(s):.1%})")
             + ("" if s.latency_ms is None else f", {s.latency_ms:.3g} ms on {self.processor}")
             + (MISSED_MARK if s.size in self.missed else "")
             for s in self.subnets

@@ -27,7 +27,7 @@ ORDER = [
     {"supernet_state"},
     {"supernet_model"},
     {"supernet"},
-    {"noise"},
+    {"noise", "recordings"},
     {"denoisers"},
     {"profiling", "importance"},
     {"allocation"},

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from ofadiff.allocation.budgets import BUDGETS, COSTS, budget_widths
 from ofadiff.allocation.equation_5 import paper_widths
 from ofadiff.allocation.width_ladders import ladders
 from ofadiff.channels import ChannelGroup, check_scores
+from ofadiff.denoisers.inputs import Inputs, forward_inputs
 from ofadiff.profiling.cost import UnitCosts, unit_costs
 from ofadiff.profiling.latency import LatencyCosts, measure_latency_costs
 from ofadiff.sizes import TOLERANCE, SizeTable, Subnet
@@ -32,7 +32,7 @@ def allocate(
     budget: str = "params",
     min_keep: float = 0.25,
     alignment: int = 8,
-    inputs: Mapping[str, Any] | None = None,
+    inputs: Inputs | None = None,
     latencies: LatencyCosts | None = None,
 ) -> SizeTable:
     """Widths of nested subnets, one for each size.
@@ -56,8 +56,8 @@ def allocate(
             (`ChannelGroup.droppable`) keeps a quarter.
         alignment: Keep multiples of this many channels (of the head dimension in attention), 1 for any number. A group
             that would have fewer than four such widths takes finer steps. Full width always counts as aligned.
-        inputs: Keyword arguments of the forward that MACs and latency are measured on; by default
-            `example_inputs(model)`, a batch of one.
+        inputs: Keyword arguments of the forward that MACs and latency are measured on, or recordings of the model; by
+            default `example_inputs(model)`, a batch of one. Without any for the model's class MACs are None.
         latencies: What `measure_latency_costs` found, for `ladders` of the same `min_keep` and `alignment`. If it is
             not given, a budget in latency measures now. Given with another budget, subnets say their latency too.
 
@@ -79,6 +79,8 @@ def allocate(
     sizes = _checked_sizes(sizes)
     _check_options(budget, min_keep, alignment)
     check_scores(groups, scores)
+    if budget == "macs":
+        inputs = forward_inputs(model, inputs)  # an error if there are none
     costs = unit_costs(model, groups, inputs)
     if budget == "latency" and latencies is None:
         latencies = measure_latency_costs(model, groups, ladders(groups, min_keep, alignment), inputs)
@@ -130,7 +132,7 @@ def _subnets(
             size,
             widths,
             total("params", widths),
-            total("macs", widths),
+            None if costs.macs is None else total("macs", widths),
             None if latencies is None else total("latency", widths) / 1e6,
         )
         for size, widths in widths_of.items()

@@ -40,6 +40,7 @@ def parameters(costs: UnitCosts, latencies: LatencyCosts | None) -> Costs:
 
 def macs(costs: UnitCosts, latencies: LatencyCosts | None) -> Costs:
     """Multiply-accumulate operations of one forward."""
+    assert costs.macs is not None
     return Costs(costs.macs, lambda group, units: costs.unit_macs[group] * units)
 
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from ofadiff.basis.rotation import rotate_attention
 from ofadiff.denoisers.kind import DenoiserKind
 from ofadiff.runs.joint import train_jointly
+from ofadiff.runs.recorded import start_recorded
 from ofadiff.runs.result import save
 from ofadiff.runs.run import Run, start
 from ofadiff.runs.settings import (
+    Calls,
     Captions,
     Classes,
     Compression,
@@ -34,6 +36,7 @@ def compress(
     output: Output,
     captions: Captions = Captions(),
     classes: Classes = Classes(),
+    calls: Calls = Calls(),
     compression: Compression = Compression(),
     losses: Losses = Losses(),
     optimization: Optimization = Optimization(),
@@ -41,7 +44,9 @@ def compress(
 ) -> TrainingResult:
     """Compress a pretrained pipeline to several sizes in one joint training run.
 
-    On several processes: `accelerate launch -m ofadiff compress …`.
+    Text-to-image models and models of pixels are trained on images. A pipeline of any class is trained on recordings of
+    its own calls, without any data: give them with `--calls_file`. On several processes: `accelerate launch -m ofadiff
+    compress …`.
 
     Raises:
         ValueError: If something the user gave cannot work; before any training.
@@ -52,6 +57,7 @@ def compress(
         output=output,
         captions=captions,
         classes=classes,
+        calls=calls,
         compression=compression,
         losses=losses,
         optimization=optimization,
@@ -62,7 +68,7 @@ def compress(
 
 def compress_with(settings: RunSettings, kinds: Sequence[DenoiserKind] | None = None) -> TrainingResult:
     """The whole of a compression; see `compress`."""
-    run = start(settings, kinds)
+    run = start_recorded(settings) if settings.calls.given else start(settings, kinds)
     supernet = make_supernet(run)
     result = train_jointly(run, supernet)
     save(run, supernet, result)

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
+from ofadiff.recordings.samples import RecordedSamples
+
 Key = tuple[int, int]
 
 
@@ -36,7 +38,7 @@ def hold_out(count: int, fraction: float, seed: int) -> tuple[list[int], list[in
         raise ValueError(f"validation fraction is {fraction}; it must be at least 0 and below 1")
     held_out = max(1, round(count * fraction)) if fraction else 0
     if held_out >= count:
-        raise ValueError(f"a validation fraction of {fraction} of {count} images leaves none to train on")
+        raise ValueError(f"a validation fraction of {fraction} of {count} leaves none to train on")
     order = draw_order(count, f"{seed} hold out")
     return sorted(order[held_out:]), sorted(order[:held_out])
 
@@ -89,8 +91,15 @@ def step_batches(
 
 
 def load_batches(data: Samples, batches: Iterable[Sequence[Key]], num_workers: int = 0) -> DataLoader[dict[str, Any]]:
-    """Loads batches of keys, in order; each is a dict of tensors with the samples stacked."""
-    return DataLoader(data, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    """Loads batches of keys, in order; each is a dict of tensors with the samples stacked, or of recorded calls."""
+    collate = data.collate if isinstance(data, RecordedSamples) else None
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=collate is None and torch.cuda.is_available(),
+    )
 
 
 def fixed_batches(

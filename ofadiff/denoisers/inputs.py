@@ -2,24 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ofadiff.denoisers.table import DENOISERS, kind_of_model
-from ofadiff.denoisers.zeros import Zeros
+from ofadiff.denoisers.zeros import NoInputsError, Zeros
+from ofadiff.recordings.folder import Recordings
+from ofadiff.recordings.nested import map_tensors
+from ofadiff.recordings.recorded_call import RecordedCall, RecordedKeywords
+
+# What stands for one forward: keyword arguments, or what was recorded of the model.
+Inputs = Mapping[str, Any] | RecordedCall | Recordings
 
 
-def example_inputs(model: nn.Module, batch_size: int = 1) -> dict[str, Any]:
+def example_inputs(
+    model: nn.Module, batch_size: int = 1, recordings: Recordings | RecordedCall | None = None
+) -> dict[str, Any]:
     """Keyword arguments for one forward at the sample size of the model's config, on its device, in its dtype.
 
     Transformers whose config names no size get the latents of a 1024-pixel image, or of a 5-second video.
 
+    Args:
+        model: The denoiser.
+        batch_size: Samples of the forward.
+        recordings: What was recorded of the model: of a class that nothing else is known of, its first call is taken as
+            it was made, with the batch that it had.
+
     Raises:
-        ValueError: If the model's class is none that inputs are known for, or its config has no sample size.
+        ValueError: If the model's class is none that inputs are known for, or its config has no sample size, and there
+            are no recordings.
     """
     kind = kind_of_model(model)
-    if kind is None:
+    if kind is not None:
+        return kind.example_inputs(model, Zeros(model, batch_size))
+    if recordings is None:
         accepted = ", ".join(dict.fromkeys(known.model for known in DENOISERS.values()))
-        raise ValueError(f"no example inputs are known for {type(model).__name__}, only for {accepted}; pass inputs")
-    return kind.example_inputs(model, Zeros(model, batch_size))
+        raise NoInputsError(
+            f"no example inputs are known for {type(model).__name__}, only for {accepted}; pass inputs, or recordings"
+        )
+    return recorded_inputs(model, recordings)
+
+
+def recorded_inputs(model: nn.Module, recordings: Recordings | RecordedCall) -> RecordedKeywords:
+    """Keyword arguments of a recorded call, the first one of several, on a model's device, in its dtype."""
+    call = recordings[0] if isinstance(recordings, Recordings) else recordings
+    parameter = next(model.parameters())
+
+    def like_the_model(tensor: Tensor) -> Tensor:
+        return tensor.to(parameter.device, parameter.dtype if tensor.dtype == call.dtype else tensor.dtype)
+
+    arguments = {
+        name: value.to(parameter.device)
+        if name == call.time and isinstance(value, Tensor)
+        else map_tensors(like_the_model, value)
+        for name, value in call.arguments.items()
+    }
+    return RecordedKeywords(arguments, call.rows)
+
+
+def forward_inputs(model: nn.Module, inputs: Inputs | None = None) -> dict[str, Any]:
+    """Keyword arguments of one forward: those given, those of a recording, or by default `example_inputs(model)`."""
+    if inputs is None:
+        return example_inputs(model)
+    if isinstance(inputs, Recordings | RecordedCall):
+        return recorded_inputs(model, inputs)
+    return dict(inputs) if not isinstance(inputs, RecordedKeywords) else inputs
+
+
+def batch_of(inputs: Mapping[str, Any]) -> int:
+    """How many samples count as the batch of one forward's inputs: those of a recording; inputs that a user gives are
+    one.
+    """
+    return inputs.rows if isinstance(inputs, RecordedKeywords) else 1

@@ -16,8 +16,12 @@ Config = Mapping[str, Any]
 Text = dict[str, Tensor]
 
 # What denoisers are conditioned on beside the time.
-CAPTIONS, CLASSES = "captions", "classes"
-CONDITIONS = {CAPTIONS: "text-to-image models", CLASSES: "unconditional and class-conditional models"}
+CAPTIONS, CLASSES, CALLS = "captions", "classes", "calls"
+CONDITIONS = {
+    CAPTIONS: "text-to-image models that are trained on images",
+    CLASSES: "unconditional and class-conditional models that are trained on images",
+    CALLS: "pipelines that are trained on recordings of their own calls (--calls_file, --recordings_dir)",
+}
 
 # The forward processes, see `ofadiff.noise`.
 DIFFUSION, FLOW_MATCHING = "diffusion", "flow matching"
@@ -37,7 +41,8 @@ class DenoiserKind:
         example_inputs: (model, zeros) -> keyword arguments of one forward, to count and to time it.
         components: What it is called in the pipelines that it is trained in, by the name of their class.
         pixels_as: What it is called in pipelines of pixels, which have a scheduler beside it and nothing else.
-        condition: What it is conditioned on in these: `"captions"`, or `"classes"`, which may be none.
+        condition: What it is conditioned on in these: `"captions"`, or `"classes"`, which may be none; or `"calls"`
+            where all that is known of it are recordings.
         arguments: (config, noisy samples `(N, C, H, W)`, their timesteps `(N,)`, the encoded batch) -> keyword
             arguments of its forward, as the pipeline's own call gives them.
         encode_captions: (pipeline, captions) -> their text, tensors with a row for each caption, as the pipeline's own

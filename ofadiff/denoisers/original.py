@@ -15,6 +15,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixi
 
 from ofadiff.denoisers.encoder import AUTOENCODERS, spatial_compression
 from ofadiff.denoisers.kind import FLOW_MATCHING, DenoiserKind
+from ofadiff.denoisers.pipelines import class_of_component, find_component
+from ofadiff.denoisers.recorded import recorded_kind
 from ofadiff.denoisers.table import kind_of_pipeline, pipelines_in_words, trainable_kinds
 from ofadiff.noise.choice import forward_process_of, make_noise_scheduler
 from ofadiff.noise.noisy_samples import ForwardProcess
@@ -151,6 +153,44 @@ def read_original(
     original = Original(name, folder, variant, kind, component, denoiser, vae, scheduler)
     _check_channels(original)
     return original
+
+
+def read_any_original(
+    name: str,
+    component: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+) -> Original:
+    """Like `read_original`, for a pipeline of any class that is trained on recordings.
+
+    Args:
+        name: A folder or a hub name.
+        component: What the pipeline calls the denoiser that is compressed; needed where it has several.
+        revision: As in `read_original`.
+        variant: As in `read_original`.
+        cache_dir: As in `read_original`.
+
+    Raises:
+        ValueError: If it is no pipeline, or the component is no denoiser that can be built.
+    """
+    expected = "a diffusers pipeline"
+    if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+        raise ValueError(f"{name} is not the folder of {expected}; it has no model_index.json")
+    try:
+        index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
+        parts = {part: value for part, value in index.items() if isinstance(value, (list, tuple)) and value[1]}
+        classes = {part: class_of_component(*value) for part, value in parts.items()}
+        found = find_component(classes, component, index["_class_name"])
+        folder = Path(name)
+        if not folder.is_dir():
+            options = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
+            folder = Path(DiffusionPipeline.download(name, **options))
+        denoiser = _empty_model(classes[found], folder / found)
+    except (AttributeError, OSError) as error:
+        raise cannot_load(name, expected, error) from error
+    kind = recorded_kind(denoiser, index["_class_name"], found)
+    return Original(name, folder, variant, kind, found, denoiser, None, {})
 
 
 def check_pipeline_folder(name: str, kinds: Sequence[DenoiserKind]) -> None:

@@ -2,13 +2,79 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ofadiff.denoisers.table import component_names, kind_of_model
+from ofadiff.stand_ins.equality import stock_class
+from ofadiff.storage.model_classes import MODEL_CLASSES, model_class
+from ofadiff.supernet_model import unwrapped
+
+# Where diffusers keeps its denoisers; a few lie beside their pipeline, under such names.
+PACKAGES = ("diffusers.models.transformers.", "diffusers.models.unets.")
+PIPELINES, NAMES = "diffusers.pipelines.", ("UNet", "Transformer")
+
+# Classes there that are parts of a denoiser and never one.
+PARTS = {
+    "DreamLiteTransformer2DModel",
+    "MiniMaxMusic3RVQDepthDecoder",
+    "MotionAdapter",
+    "Transformer2DModel",
+    "TransformerTemporalModel",
+}
+
+
+def is_denoiser(model_class: Any) -> bool:
+    """Whether a class is one of denoisers: diffusers', or one of `MODEL_CLASSES`."""
+    if not (inspect.isclass(model_class) and issubclass(model_class, ModelMixin)):
+        return False
+    stock = stock_class(model_class)
+    if stock in MODEL_CLASSES.values():
+        return True
+    beside = stock.__module__.startswith(PIPELINES) and any(word in stock.__name__ for word in NAMES)
+    return (stock.__module__.startswith(PACKAGES) or beside) and stock.__name__ not in PARTS
+
+
+def find_component(components: Mapping[str, Any], component: str | None, pipeline: str) -> str:
+    """What a pipeline calls its denoiser.
+
+    Args:
+        components: The pipeline's components, or their classes, by name; compiled and wrapped ones too.
+        component: The one that is meant; needed where there are several.
+        pipeline: Class of the pipeline, for errors.
+
+    Raises:
+        ValueError: If it is none, or there is none, or several and none is named.
+    """
+    found = [
+        name
+        for name, part in components.items()
+        if is_denoiser(part if inspect.isclass(part) else type(unwrapped(part)))
+    ]
+    if component is not None:
+        if component not in found:
+            raise ValueError(
+                f"component is {component!r}, which is no denoiser of this {pipeline}; it has "
+                f"{' and '.join(found) or 'none'}"
+            )
+        return component
+    if len(found) > 1:
+        raise ValueError(f"this {pipeline} has several denoisers, {' and '.join(found)}; say which one with component")
+    if not found:
+        raise ValueError(f"this {pipeline} has no denoiser among its components {', '.join(components)}")
+    return found[0]
+
+
+def class_of_component(library: str, name: str) -> Any:
+    """The class that a pipeline's `model_index.json` names for a component; None if it is not of diffusers or known
+    here.
+    """
+    return model_class(name) if library == "diffusers" or name in MODEL_CLASSES else None
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> Any:
@@ -20,10 +86,7 @@ def denoiser_of(pipeline: DiffusionPipeline) -> Any:
     for name in component_names():
         if isinstance(pipeline.components.get(name), nn.Module):
             return pipeline.components[name]
-    raise ValueError(
-        f"this {type(pipeline).__name__} has no denoiser: none of its components {', '.join(pipeline.components)} is "
-        f"{' or '.join(component_names())}"
-    )
+    return pipeline.components[find_component(pipeline.components, None, type(pipeline).__name__)]
 
 
 def class_count(denoiser: nn.Module) -> int | None:

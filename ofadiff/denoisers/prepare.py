@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ofadiff.denoisers.kind import Config, DenoiserKind, pack_latents
@@ -14,6 +15,7 @@ from ofadiff.denoisers.unet_2d import UNET_2D
 from ofadiff.noise.diffusion import diffuse
 from ofadiff.noise.draws import Batch, draw_latents
 from ofadiff.noise.noisy_samples import ForwardProcess
+from ofadiff.recordings.recorded_call import answer_rows
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,43 @@ class DenoiserInputs:
         arguments: Keyword arguments of the denoiser's forward, the noisy sample and the timesteps among them.
         target: What the denoiser should predict, `(N, C, H, W)`, packed where its kind packs.
         weight: Weight of each sample's loss, `(N,)`.
+        time: Name of the argument that is the time.
+        dtype: Floating-point arguments in this dtype follow the precision of the weights; by default all do.
+        options: Arguments beside these.
     """
 
     arguments: dict[str, Any]
     target: Tensor
     weight: Tensor
+    time: str | None = "timestep"
+    dtype: torch.dtype | None = None
+    options: Mapping[str, Any] = field(default_factory=lambda: {"return_dict": False})
 
 
-Prepare = Callable[[Batch], DenoiserInputs]
+# Of recordings a batch is several forwards.
+Prepare = Callable[[Batch], DenoiserInputs | Sequence[DenoiserInputs]]
+
+
+def parts_of(inputs: DenoiserInputs | Sequence[DenoiserInputs]) -> Sequence[DenoiserInputs]:
+    """The forwards of a prepared batch."""
+    return [inputs] if isinstance(inputs, DenoiserInputs) else inputs
+
+
+def prepare_recorded(batch: Batch, channels: int | None = None) -> list[DenoiserInputs]:
+    """Inputs of a denoiser that is trained on what the original answered.
+
+    Args:
+        batch: What `RecordedSamples` give: `parts`, the recorded calls of one forward each.
+        channels: Only so many channels of an answer `(N, C, …)` count, where the others are a variance that the
+            pipeline leaves out; all by default.
+    """
+    prepared = []
+    for call in batch["parts"]:
+        target = answer_rows(call.answer)
+        target = target if channels is None else target[:, :channels]
+        weight = torch.ones(len(target), device=target.device)
+        prepared.append(DenoiserInputs(call.arguments, target, weight, call.time, call.dtype, {}))
+    return prepared
 
 
 def prepare_batch(

@@ -15,6 +15,10 @@ LATENT_SIZE = 128
 LATENT_VIDEO = (21, 60, 104)
 
 
+class NoInputsError(ValueError):
+    """Nothing says what a model is called with."""
+
+
 class Zeros:
     """Zeros for every sample of a batch, on a model's device, in its dtype."""
 
@@ -34,10 +38,10 @@ class Zeros:
 
 
 def sample_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width in a model's config. Raises ValueError if there are none."""
+    """Height and width in a model's config. Raises NoInputsError if there are none."""
     size = model.config.sample_size
     if size is None:
-        raise ValueError(f"the config of this {type(model).__name__} has no sample_size; pass inputs")
+        raise NoInputsError(f"the config of this {type(model).__name__} has no sample_size; pass inputs")
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

@@ -142,7 +142,7 @@ def budget_of(
         return None if teacher is None else (count_parameters, count_parameters(denoiser_of(teacher)))
     if pipeline.subnets.budget == "latency":
         return None  # the measured latency has a column of its own
-    if pipeline.subnets.budget == "macs":
+    if pipeline.subnets.budget == "macs" and pipeline.subnets.full_macs is not None:
         return count_macs, pipeline.subnets.full_macs
     return count_parameters, pipeline.subnets.full_params
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
@@ -29,6 +28,7 @@ from ofadiff.stand_ins.equality import StandIn, stock_class
 from ofadiff.stand_ins.refusals import refusals
 from ofadiff.storage.files import add_to_safetensors, weight_files
 from ofadiff.storage.hub import upload
+from ofadiff.storage.model_classes import model_class
 from ofadiff.unet_elastic import find_channel_groups
 
 # Key of the widths in an extracted model's config.json.
@@ -183,8 +183,8 @@ def extracted_class_by_name(name: str) -> type[ModelMixin]:
     Raises:
         AttributeError: If there is no diffusers model of that name.
     """
-    stock = getattr(diffusers, name.removeprefix(PREFIX), None)
-    if not (name.startswith(PREFIX) and isinstance(stock, type) and issubclass(stock, ModelMixin)):
+    stock = model_class(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if stock is None:
         raise AttributeError(f"module 'ofadiff' has no attribute {name!r}")
     return extracted_class(stock)
 

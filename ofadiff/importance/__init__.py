@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ofadiff.channels import ChannelGroup
-from ofadiff.importance import magnitude, random, taylor
+from ofadiff.importance import magnitude, random, sensitivity, taylor
 from ofadiff.options import check_options
 
 __all__ = ["CRITERIA", "score_channels"]
@@ -19,6 +19,7 @@ CRITERIA: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
     "taylor": taylor.taylor,
     "magnitude": magnitude.magnitude,
     "random": random.random,
+    "sensitivity": sensitivity.sensitivity,
 }
 
 

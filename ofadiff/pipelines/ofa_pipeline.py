@@ -103,7 +103,7 @@ class OFAPipeline:
         # With the denoiser given, diffusers loads everything but that. A custom pipeline may be of any class, so sizes
         # are mixed in afterwards.
         custom = kwargs.get("custom_pipeline") is not None
-        loader = DiffusionPipeline if custom else _stock_pipeline_class(directory, denoiser)
+        loader = DiffusionPipeline if custom else stock_pipeline_class(directory, denoiser)
         pipeline = loader.from_pretrained(directory, **{name: denoiser}, **kwargs)
         if dtype is None:
             # diffusers loads its own models in float32 then, transformers its own in the dtype that they are stored in.
@@ -338,7 +338,12 @@ def _check_denoiser_not_passed(name: str, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"{name} cannot be passed: the checkpoint's own {name} is what has the sizes")
 
 
-def _stock_pipeline_class(directory: Path, denoiser: ModelMixin) -> type[DiffusionPipeline]:
+def stock_pipeline_class(directory: Path, denoiser: ModelMixin) -> type[DiffusionPipeline]:
+    """The class of a pipeline's folder; of a pixel model with classes the one that takes them.
+
+    Raises:
+        ValueError: If diffusers has none of that name.
+    """
     index = directory / "model_index.json"
     name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     stock = getattr(diffusers, name, None) if isinstance(name, str) else None

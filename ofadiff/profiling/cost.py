@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ofadiff.channels import ChannelGroup, row_axis
-from ofadiff.denoisers.inputs import example_inputs
+from ofadiff.denoisers.inputs import Inputs, batch_of, forward_inputs
+from ofadiff.denoisers.zeros import NoInputsError
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -21,16 +22,18 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> int:
+def count_macs(model: nn.Module, inputs: Inputs | None = None) -> int:
     """Multiply-accumulate operations of one forward, as PyTorch's own FLOP counter sees them (a MAC is two FLOPs).
 
     Nothing is computed where the model lets the forward run on the meta device.
 
     Args:
         model: The denoiser, elastic (counted at its current size) or not.
-        inputs: Keyword arguments of the forward; by default `example_inputs(model)`, a batch of one.
+        inputs: Keyword arguments of the forward, or recordings of the model, whose first call is counted for one sample
+            of its batch; by default `example_inputs(model)`, a batch of one.
     """
-    return _counted_forward(model, inputs).get_total_flops() // 2
+    arguments = forward_inputs(model, inputs)
+    return _counted_forward(model, arguments).get_total_flops() // 2 // batch_of(arguments)
 
 
 @dataclass(frozen=True)
@@ -39,30 +42,35 @@ class UnitCosts:
 
     Attributes:
         params: Parameters at full size.
-        macs: MACs of one forward at full size.
+        macs: MACs of one forward at full size; None if nothing says what the model is called with.
         unit_params: Parameters that one unit of each group owns.
-        unit_macs: MACs that one unit of each group takes.
+        unit_macs: MACs that one unit of each group takes; none if they could not be counted.
     """
 
     params: int
-    macs: int
+    macs: int | None
     unit_params: dict[str, int]
     unit_macs: dict[str, int]
 
 
-def unit_costs(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Mapping[str, Any] | None = None) -> UnitCosts:
+def unit_costs(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Inputs | None = None) -> UnitCosts:
     """Costs of the full denoiser and of one unit of each group, from one counted forward.
 
     Args:
         model: The denoiser, not elastic yet or at full size.
         groups: Its channel groups.
-        inputs: Keyword arguments of the forward; by default `example_inputs(model)`.
+        inputs: Keyword arguments of the forward, or recordings of the model; by default `example_inputs(model)`.
+            Without any for its class, MACs are not counted.
 
     Raises:
         ValueError: If a module is cut on both axes, so that costs are no sum over groups.
     """
     params = unit_parameters(model, groups)
-    counter = _counted_forward(model, inputs)
+    try:
+        arguments = forward_inputs(model, inputs)
+    except NoInputsError:
+        return UnitCosts(count_parameters(model), None, params, {})
+    counter, batch = _counted_forward(model, arguments), batch_of(arguments)
     flops = {name: sum(per_op.values()) for name, per_op in counter.get_flop_counts().items()}
     root = type(model).__name__
     unit_macs: dict[str, int] = {}
@@ -71,13 +79,13 @@ def unit_costs(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Mapping
         own = _own_flops(flops, f"{root}.{group.block}") if group.kind.endswith("attention") else 0
         if all(part.basis == "value_output" for part in group.slices):
             own //= 2  # queries and keys, and their product, stay
-        macs = own // 2 // group.width
+        macs = own // 2 // batch // group.width
         for part in group.slices:
             if f"{root}.{part.module}" in flops:
                 length = model.get_submodule(part.module).weight.shape[0 if part.axis == "out" else 1]
-                macs += flops[f"{root}.{part.module}"] // 2 * part.repeats * part.channels // length
+                macs += flops[f"{root}.{part.module}"] // 2 // batch * part.repeats * part.channels // length
         unit_macs[group.name] = macs
-    return UnitCosts(count_parameters(model), counter.get_total_flops() // 2, params, unit_macs)
+    return UnitCosts(count_parameters(model), counter.get_total_flops() // 2 // batch, params, unit_macs)
 
 
 def unit_parameters(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, int]:
@@ -111,19 +119,18 @@ def _own_flops(flops: Mapping[str, int], block: str) -> int:
     return flops.get(block, 0) - children
 
 
-def _counted_forward(model: nn.Module, inputs: Mapping[str, Any] | None) -> FlopCounterMode:
-    inputs = dict(example_inputs(model) if inputs is None else inputs)
+def _counted_forward(model: nn.Module, inputs: Mapping[str, Any]) -> FlopCounterMode:
     tensors = [*model.parameters(), *model.buffers()]
     # A copy without weights: some models keep what they computed in a forward for the next one.
     on_meta = copy.deepcopy(model, {id(tensor): tensor.detach().to("meta") for tensor in tensors})
     try:
-        return _count(on_meta, _to_meta(inputs))
+        return _count(on_meta, _to_meta(dict(inputs)))
     except (NotImplementedError, RuntimeError):
         # A model that looks at the values of its inputs, such as the lengths of the prompts, has to compute.
         return _count(model, inputs)
 
 
-def _count(model: nn.Module, inputs: dict[str, Any]) -> FlopCounterMode:
+def _count(model: nn.Module, inputs: Mapping[str, Any]) -> FlopCounterMode:
     # The fused attention kernels have no FLOP formula on every device; the plain one is two matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)

@@ -23,7 +23,7 @@ from torch import nn
 
 from ofadiff.channels import ChannelGroup
 from ofadiff.cutting import shrink_model
-from ofadiff.denoisers.inputs import example_inputs
+from ofadiff.denoisers.inputs import Inputs, forward_inputs
 from ofadiff.extraction.subnet import extract
 from ofadiff.profiling.timing import WARM_UP, measure_latencies, processor_name, seconds_of
 from ofadiff.supernet import Supernet
@@ -72,7 +72,7 @@ def measure_latency_costs(
     model: ModelMixin,
     groups: Sequence[ChannelGroup],
     widths: Mapping[str, Sequence[int]],
-    inputs: Mapping[str, Any] | None = None,
+    inputs: Inputs | None = None,
 ) -> LatencyCosts:
     """Times every group's block at several of its widths. The model stays as it is; cut copies of blocks are timed.
 
@@ -80,7 +80,8 @@ def measure_latency_costs(
         model: The denoiser at full size, not elastic yet, on the device and in the dtype that shall be measured.
         groups: Its channel groups.
         widths: The widths that each group may have, ascending, the last one full; see `allocation.ladders`.
-        inputs: Keyword arguments of the forward; by default `example_inputs(model)`, a batch of one.
+        inputs: Keyword arguments of the forward, or recordings of the model, whose first call is timed with the batch
+            that it had; by default `example_inputs(model)`, a batch of one.
 
     Raises:
         ValueError: If the weights are offloaded or on the meta device, or no inputs are known for the model.
@@ -88,7 +89,7 @@ def measure_latency_costs(
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model's weights are on the meta device or offloaded; latency is measured with all there")
-    inputs = example_inputs(model) if inputs is None else inputs
+    inputs = forward_inputs(model, inputs)
     device = next(model.parameters()).device
     homes = _homes(model, groups, inputs)
     with _recorded_calls(model, set(homes.values())) as calls:
@@ -205,13 +206,14 @@ def _outline(value: Any) -> Any:
 
 
 def latency_table(
-    supernet: Supernet, inputs: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None
+    supernet: Supernet, inputs: Inputs | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, float]:
     """Measures a forward of the full model and of every size's extracted model, in turns, on the supernet's device.
 
     Args:
         supernet: At any size.
-        inputs: Keyword arguments of the forward; by default `example_inputs`, a batch of one.
+        inputs: Keyword arguments of the forward, or recordings of the model, whose first call is timed with the batch
+            that it had; by default `example_inputs`, a batch of one.
         dtype: Dtype of the models; the supernet's by default.
 
     Returns:
@@ -230,4 +232,4 @@ def latency_table(
         for size in reversed(supernet.sizes):
             yield f"{size:g}", nn.Module.to(supernet.extract(size), dtype_)
 
-    return measure_latencies(models, example_inputs if inputs is None else lambda _: inputs)
+    return measure_latencies(models, partial(forward_inputs, inputs=inputs))

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     *("train_batch_size", "gradient_accumulation_steps", "importance_batch_size", "gradient_checkpointing"),
     *("validation_steps", "validation_samples", "validation_prompts", "validation_inference_steps", "guidance_scale"),
     *("num_validation_images", "checkpointing_steps", "checkpoints_total_limit"),
+    *("calls_file", "recordings_dir", "max_recordings_gb"),
     *("report_to", "logging_dir", "tracker_project_name", "push_to_hub", "hub_model_id", "offload_ema", "allow_tf32"),
 )
 

@@ -121,6 +121,12 @@ def source_of(data: Data) -> str:
     return data.train_data_dir or data.dataset_name or ""
 
 
+def trained_on(settings: RunSettings) -> str:
+    """What a run was trained on, in words."""
+    calls = settings.calls
+    return f"recordings of {calls.calls_file or calls.recordings_dir}" if calls.given else source_of(settings.data)
+
+
 def _cache(settings: RunSettings) -> str | None:
     return settings.model.cache_dir
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline
 from PIL import Image
 
-from ofadiff.denoisers.kind import CAPTIONS, CLASSES
+from ofadiff.denoisers.kind import CALLS, CAPTIONS, CLASSES
 from ofadiff.denoisers.pipelines import class_count
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
 from ofadiff.runs.run import Run
@@ -19,6 +19,7 @@ from ofadiff.runs.settings import Watching
 
 def of_prompts(run: Run, generators: list[torch.Generator]) -> list[Image.Image]:
     """One image for each validation prompt, at the size that is set."""
+    assert run.pipeline is not None and run.encode is not None
     watching, cached = run.settings.watching, run.settings.captions.cache_dir_latents
     run.encode.to(run.accelerator.device)
     resolution = run.original.resolution(run.settings.data.resolution)
@@ -37,7 +38,8 @@ def of_prompts(run: Run, generators: list[torch.Generator]) -> list[Image.Image]
 
 def of_classes(run: Run, generators: list[torch.Generator]) -> list[Image.Image]:
     """One image for each generator, of a class in turn where there are classes, at the size that is set."""
-    watching, denoiser = run.settings.watching, run.denoiser
+    assert run.pipeline is not None and run.encode is not None
+    watching, denoiser = run.settings.watching, run.pipeline.components[run.original.component]
     scheduler = DDIMScheduler.from_config(run.original.scheduler)
     options: dict[str, Any] = {
         "generator": generators,
@@ -59,6 +61,11 @@ def of_classes(run: Run, generators: list[torch.Generator]) -> list[Image.Image]
     return pipeline(**options).images
 
 
+def of_calls(run: Run, generators: list[torch.Generator]) -> list[Image.Image]:
+    """None: the pipeline that would draw is not loaded."""
+    return []
+
+
 @dataclass(frozen=True)
 class Drawing:
     """How images are drawn.
@@ -75,5 +82,6 @@ class Drawing:
 # By what the denoiser is conditioned on.
 DRAW = {
     CAPTIONS: Drawing(of_prompts, lambda watching: len(watching.validation_prompts or ())),
-    CLASSES: Drawing(of_classes, lambda watching: watching.num_validation_images),
+    CLASSES: Drawing(of_classes, lambda watching: watching.num_validation_images or 0),
+    CALLS: Drawing(of_calls, lambda watching: 0),
 }

@@ -37,7 +37,8 @@ def train_jointly(run: Run, supernet: Supernet | SingleSize) -> TrainingResult:
     """
     accelerator, settings = run.accelerator, run.settings
     optimization, watching, losses = settings.optimization, settings.watching, settings.losses
-    run.pipeline.register_modules(**{run.original.component: supernet.model})
+    if run.pipeline is not None:
+        run.pipeline.register_modules(**{run.original.component: supernet.model})
     if optimization.gradient_checkpointing:
         supernet.model.enable_gradient_checkpointing()
     optimizer = make_optimizer(optimization, supernet)

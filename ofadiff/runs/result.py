@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 
-from ofadiff.runs.data import source_of
+from ofadiff.runs.data import trained_on
 from ofadiff.runs.run import Run
 from ofadiff.runs.settings import RunSettings
 from ofadiff.runs.tables import costs, loss_table, missed_mark
@@ -84,7 +84,7 @@ pipeline(..., size={subnets.sizes[0]:g})
 pipeline.extract({subnets.sizes[0]:g}).save_pretrained("small")  # a plain diffusers pipeline
 ```
 
-Trained for {result.steps} steps ({result.seconds / 3600:.1f} h) on {source_of(settings.data)}:
+Trained for {result.steps} steps ({result.seconds / 3600:.1f} h) on {trained_on(settings)}:
 
 ```
 {shlex.join(sys.argv)}

@@ -18,7 +18,9 @@ from ofadiff.denoisers.encoder import Encoder
 from ofadiff.denoisers.kind import DenoiserKind
 from ofadiff.denoisers.original import Original, check_not_compressed, read_original
 from ofadiff.denoisers.prepare import Prepare, prepare_batch
+from ofadiff.denoisers.table import kind_of_model
 from ofadiff.dtypes import PRECISIONS
+from ofadiff.recordings.folder import Recordings
 from ofadiff.runs.checks import begin, check_same_flags
 from ofadiff.runs.data import RunData, encode_data, load_data, open_latent_cache
 from ofadiff.runs.settings import DEFAULTS, RunSettings
@@ -35,27 +37,32 @@ class Run:
         accelerator: Devices, precision and trackers.
         original: What the pretrained pipeline's configuration says.
         pipeline: The pretrained pipeline.
-        data: The images.
+        denoiser: The original denoiser.
+        data: The images, or recordings.
         prepare: Makes the denoiser's inputs of a batch.
-        encode: The frozen half of the pipeline.
-        teacher: The original denoiser, frozen, in the precision of the run.
+        teacher: The original denoiser, frozen, in the precision of the run; None where answers were recorded.
         checkpoint: To resume from, or None.
+        pipeline: The pretrained pipeline; None where nothing but the denoiser is needed.
+        encode: The frozen half of the pipeline; None without it.
+        recordings: What the denoiser is trained on in place of images.
     """
 
     settings: RunSettings
     accelerator: Accelerator
     original: Original
-    pipeline: DiffusionPipeline
+    denoiser: Any
     data: RunData
     prepare: Prepare
-    encode: Encoder
-    teacher: nn.Module
+    teacher: nn.Module | None
     checkpoint: Path | None
+    pipeline: DiffusionPipeline | None = None
+    encode: Encoder | None = None
+    recordings: Recordings | None = None
 
     @property
-    def denoiser(self) -> Any:
-        """The pipeline's denoiser: the original one, until `train_jointly` puts what is trained in its place."""
-        return self.pipeline.components[self.original.component]
+    def inputs(self) -> Recordings | None:
+        """What costs are measured on where nothing else is known of the denoiser's class."""
+        return None if kind_of_model(self.denoiser) is not None else self.recordings
 
 
 def start(settings: RunSettings, kinds: Sequence[DenoiserKind] | None = None) -> Run:
@@ -79,6 +86,12 @@ def start(settings: RunSettings, kinds: Sequence[DenoiserKind] | None = None) ->
     where = model.revision, model.variant, model.cache_dir
     original = read_original(model.pretrained_model_name_or_path, kinds, *where)
     settings = with_defaults_of(settings, original)
+    check_run(settings, accelerator, original, checkpoint)
+    return build(settings, accelerator, original, checkpoint)
+
+
+def check_run(settings: RunSettings, accelerator: Accelerator, original: Original, checkpoint: Path | None) -> None:
+    """Raises ValueError if a model cannot be compressed as it is asked for, as far as its configuration says."""
     if checkpoint is not None:
         check_same_flags(checkpoint, settings)
     if is_sharded(accelerator) and not original.kind.shardable:
@@ -87,7 +100,6 @@ def start(settings: RunSettings, kinds: Sequence[DenoiserKind] | None = None) ->
             "that block: choose plain multi-GPU in `accelerate config`"
         )
     check_sizes(settings.compression, original.denoiser)
-    return build(settings, accelerator, original, checkpoint)
 
 
 def with_defaults_of(settings: RunSettings, original: Original) -> RunSettings:
@@ -130,7 +142,7 @@ def build(settings: RunSettings, accelerator: Accelerator, original: Original, c
     )
     if kind.begin_training is not None:
         kind.begin_training(denoiser)
-    return Run(settings, accelerator, original, pipeline, data, prepare, encode, teacher, checkpoint)
+    return Run(settings, accelerator, original, denoiser, data, prepare, teacher, checkpoint, pipeline, encode)
 
 
 def freeze_in(module: nn.Module, precision: torch.dtype) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from ofadiff.allocation import BUDGETS
-from ofadiff.denoisers.kind import CAPTIONS, CLASSES, CONDITIONS, DenoiserKind
+from ofadiff.denoisers.kind import CALLS, CAPTIONS, CLASSES, CONDITIONS, DenoiserKind
 from ofadiff.dtypes import PRECISIONS
 from ofadiff.importance import CRITERIA
 from ofadiff.options import check_options
@@ -41,6 +41,8 @@ DEFAULTS: Mapping[str, Any] = {
     "lr_warmup_steps": 100,
     "tracker_project_name": "ofadiff",
     "validation_inference_steps": 50,
+    "criterion": "taylor",
+    "num_validation_images": 8,
 }
 
 
@@ -121,6 +123,33 @@ class Captions(Bundle):
     """share of captions left out, for guidance"""
 
 
+@Parameter(name="*", group=Group.create_ordered("calls"))
+@dataclass(frozen=True, kw_only=True)
+class Calls(Bundle):
+    """The pipeline's own calls in place of images: its denoiser learns from what the original answered in them."""
+
+    calls_file: str | None = None
+    """calls of the pipeline: prompts, one a line (.txt), or the arguments of its own call (.jsonl, .json, .csv); images
+    by their paths, from the file's folder on
+    """
+    recordings_dir: str | None = None
+    """folder of the recordings of these calls, made or continued; without --calls_file one that is there. The output
+    folder's name with -recordings by default"""
+    call_arguments: tuple[str, ...] | None = None
+    """arguments of all calls that do not have their own: NAME=VALUE, such as num_inference_steps=20 height=512"""
+    steps_per_call: Annotated[int, COUNT] = 4
+    """denoising steps recorded of each call"""
+    max_recordings_gb: Annotated[float | None, POSITIVE] = None
+    """stop recording before it takes more gigabytes on disk; no limit by default"""
+    component: str | None = None
+    """what the pipeline calls the denoiser that is compressed; needed where it has several"""
+
+    @property
+    def given(self) -> bool:
+        """Whether there are calls in place of images."""
+        return self.calls_file is not None or self.recordings_dir is not None
+
+
 @Parameter(name="*", group=Group.create_ordered("compression"))
 @dataclass(frozen=True, kw_only=True)
 class Compression(Bundle):
@@ -132,8 +161,10 @@ class Compression(Bundle):
     """what a size is a fraction of: params, macs, latency, or channels"""
     min_keep: float = 0.25
     """smallest share of its channels that a layer keeps; 0 drops what would keep under a quarter"""
-    criterion: Annotated[str, one_of(CRITERIA)] = "taylor"
-    """how channels are ranked: taylor, magnitude or random"""
+    criterion: Annotated[str | None, one_of(CRITERIA)] = None
+    """how channels are ranked: taylor (by the loss, the default), sensitivity (by what they do to the output, the
+    default for recordings), magnitude or random
+    """
     importance_samples: Annotated[int, COUNT] = 1024
     """noisy images that the ranking looks at"""
     importance_batch_size: Annotated[int | None, COUNT] = None
@@ -149,9 +180,9 @@ class Compression(Bundle):
 
     def criterion_options(self) -> dict[str, float]:
         """Options of the criterion that were asked for. Raises ValueError if it does not take them."""
-        threshold = self.importance_loss_threshold
+        threshold, criterion = self.importance_loss_threshold, self.criterion or DEFAULTS["criterion"]
         options = {} if threshold is None else {"loss_threshold": threshold}
-        check_options(f"--criterion {self.criterion}", CRITERIA[self.criterion], options)
+        check_options(f"--criterion {criterion}", CRITERIA[criterion], options)
         return options
 
     def strategy_options(self) -> dict[str, float]:
@@ -247,8 +278,8 @@ class Watching(Bundle):
     """steps between validations"""
     validation_samples: Annotated[int, COUNT] = 512
     """noisy images of a validation"""
-    num_validation_images: Annotated[int, COUNT_OR_NONE] = 8
-    """images drawn per size at each validation; text-to-image models draw --validation_prompts"""
+    num_validation_images: Annotated[int | None, COUNT_OR_NONE] = None
+    """images drawn per size at each validation, 8 by default; text-to-image models draw --validation_prompts"""
     validation_prompts: tuple[str, ...] | None = None
     """prompts drawn at every size at each validation, for text-to-image models; none by default"""
     validation_inference_steps: Annotated[int | None, Parameter(alias="--ddpm_num_inference_steps"), COUNT] = None
@@ -287,8 +318,15 @@ class Output(Bundle):
 
 
 # Bundles that only denoisers with one condition have, and single flags of others.
-ONLY_FOR = {"captions": CAPTIONS, "classes": CLASSES}
+ONLY_FOR = {"captions": CAPTIONS, "classes": CLASSES, "calls": CALLS}
 FLAGS_ONLY_FOR = {"validation_prompts": CAPTIONS, "num_validation_images": CLASSES}
+
+# What has no meaning for recordings, where noise, timesteps and answers are what they were.
+NOT_FOR_CALLS = (
+    *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column", "resolution"),
+    *("random_flip", "distill_weight", "snr_gamma", "noise_offset", "guidance_scale", "validation_inference_steps"),
+    "importance_loss_threshold",
+)
 
 
 @dataclass(frozen=True)
@@ -300,6 +338,7 @@ class RunSettings:
     output: Output
     captions: Captions = field(default_factory=Captions)
     classes: Classes = field(default_factory=Classes)
+    calls: Calls = field(default_factory=Calls)
     compression: Compression = field(default_factory=Compression)
     losses: Losses = field(default_factory=Losses)
     optimization: Optimization = field(default_factory=Optimization)
@@ -335,5 +374,9 @@ class RunSettings:
             bundle = getattr(self, each.name)
             for own in () if bundle is None else dataclasses.fields(bundle):
                 condition = FLAGS_ONLY_FOR.get(own.name, ONLY_FOR.get(each.name))
-                if condition not in (None, kind.condition) and getattr(bundle, own.name) != own.default:
+                if getattr(bundle, own.name) == own.default:
+                    continue
+                if condition not in (None, kind.condition):
                     raise ValueError(f"--{own.name} is for {CONDITIONS[condition]} only; {name} is none")
+                if kind.condition == CALLS and own.name in NOT_FOR_CALLS:
+                    raise ValueError(f"--{own.name} is for models that are trained on images; this run has recordings")

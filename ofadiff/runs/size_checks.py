@@ -8,19 +8,27 @@ import torch
 from diffusers import ModelMixin
 
 from ofadiff.allocation import allocate
+from ofadiff.denoisers.inputs import Inputs
+from ofadiff.denoisers.table import kind_of_model
 from ofadiff.profiling.latency import LatencyCosts
 from ofadiff.runs.settings import Compression
 from ofadiff.sizes import SizeTable
 from ofadiff.unet_elastic import find_channel_groups
 
 
-def check_sizes(compression: Compression, denoiser: ModelMixin, latencies: LatencyCosts | None = None) -> SizeTable:
+def check_sizes(
+    compression: Compression,
+    denoiser: ModelMixin,
+    latencies: LatencyCosts | None = None,
+    inputs: Inputs | None = None,
+) -> SizeTable:
     """The sizes, as far as they are known before scores are: their widths are not.
 
     Args:
         compression: What is asked for.
         denoiser: Its weights do not matter, so it may be on the meta device.
         latencies: Which sizes in latency can be met is known once it is measured.
+        inputs: Those in MACs once something says what the denoiser is called with; see `allocate`.
 
     Raises:
         ValueError: Unless the sizes can be met, and the options fit what was chosen.
@@ -30,7 +38,10 @@ def check_sizes(compression: Compression, denoiser: ModelMixin, latencies: Laten
     groups = find_channel_groups(denoiser)
     alike = {group.name: torch.ones(group.width) for group in groups}
     unknown = compression.budget == "latency" and latencies is None
+    if compression.budget == "macs" and inputs is None:
+        unknown = kind_of_model(denoiser) is None
     sizes, budget = ((1.0,), "params") if unknown else (compression.sizes, compression.budget)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what is missed depends on the scores, which come later
-        return allocate(denoiser, groups, alike, sizes, budget, compression.min_keep, latencies=latencies)
+        which = denoiser, groups, alike, sizes, budget, compression.min_keep
+        return allocate(*which, inputs=inputs, latencies=latencies)

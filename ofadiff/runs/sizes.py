@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
@@ -16,6 +16,7 @@ from ofadiff.data.order import fixed_batches
 from ofadiff.denoisers.copies import copy_in
 from ofadiff.dtypes import PRECISIONS
 from ofadiff.importance import score_channels
+from ofadiff.noise.draws import Batch
 from ofadiff.profiling.latency import LatencyCosts, latency_table, measure_latency_costs
 from ofadiff.runs.run import Run
 from ofadiff.runs.size_checks import check_sizes
@@ -24,7 +25,7 @@ from ofadiff.sizes import SizeTable
 from ofadiff.supernet import Supernet
 from ofadiff.training.bundles import Schedule
 from ofadiff.training.checkpoint import DENOISER, check_same_run
-from ofadiff.training.losses import denoising_loss
+from ofadiff.training.losses import denoised, denoising_loss
 from ofadiff.training.train import run_values
 
 
@@ -49,7 +50,10 @@ def score(run: Run, groups: Sequence[ChannelGroup]) -> dict[str, torch.Tensor]:
     batch_size = compression.importance_batch_size or optimization.train_batch_size
     training, count = run.data.training, compression.importance_samples
     data = training.first(count) if isinstance(training, TextToImageStream) else training
-    batches = fixed_batches(data, count, batch_size, optimization.seed, "importance", *share)
+    batches: Iterable[Batch] = fixed_batches(data, count, batch_size, optimization.seed, "importance", *share)
+    if run.recordings is not None:
+        batches = ({**batch, "parts": [part]} for batch in batches for part in batch["parts"])
+    by_output = compression.criterion == "sensitivity"
     samples = len(range(count)[share[0] :: share[1]])
     # bfloat16 ranks as float32 does; float16's gradients would need scaling.
     half = accelerator.mixed_precision == "bf16"
@@ -60,17 +64,18 @@ def score(run: Run, groups: Sequence[ChannelGroup]) -> dict[str, torch.Tensor]:
                 run.denoiser,
                 groups,
                 (send_to_device(batch, accelerator.device) for batch in batches),
-                functools.partial(denoising_loss, prepare=run.prepare),
-                compression.criterion,
+                functools.partial(denoised if by_output else denoising_loss, prepare=run.prepare),
+                compression.criterion or "",
                 **options,
             )
     if alone or accelerator.num_processes == 1:
         return scores
-    sums = {name: each * samples for name, each in scores.items()}
+    power = 2 if by_output else 1  # a root of a mean is no mean
+    sums = {name: each**power * samples for name, each in scores.items()}
     counts = torch.tensor(float(samples), device=accelerator.device)
     sums = accelerator.reduce(send_to_device(sums, accelerator.device), "sum")
     total = accelerator.reduce(counts, "sum")
-    return {name: (summed / total).cpu() for name, summed in sums.items()}
+    return {name: (summed / total).cpu() ** (1 / power) for name, summed in sums.items()}
 
 
 def measure_latency(run: Run, groups: Sequence[ChannelGroup]) -> LatencyCosts | None:
@@ -86,9 +91,9 @@ def measure_latency(run: Run, groups: Sequence[ChannelGroup]) -> LatencyCosts | 
     accelerator.wait_for_everyone()  # nobody works beside it
     if accelerator.is_main_process:
         timed = copy_in(run.denoiser, PRECISIONS[accelerator.mixed_precision]).to(accelerator.device).eval()
-        measured = [measure_latency_costs(timed, groups, ladders(groups, compression.min_keep))]
+        measured = [measure_latency_costs(timed, groups, ladders(groups, compression.min_keep), run.inputs)]
     latencies = broadcast_object_list(measured)[0]
-    check_sizes(compression, run.denoiser, latencies)
+    check_sizes(compression, run.denoiser, latencies, run.inputs)
     return latencies
 
 
@@ -101,7 +106,8 @@ def choose_sizes(
         if not run.accelerator.is_main_process:  # one process speaks
             warnings.simplefilter("ignore", UserWarning)
         sizes, budget, min_keep = compression.sizes, compression.budget, compression.min_keep
-        return allocate(run.denoiser, groups, scores, sizes, budget, min_keep, latencies=latencies)
+        which = run.denoiser, groups, scores, sizes, budget, min_keep
+        return allocate(*which, inputs=run.inputs, latencies=latencies)
 
 
 def provenance(run: Run) -> dict[str, object]:
@@ -126,7 +132,7 @@ def show_sizes(run: Run, supernet: Supernet) -> None:
     if run.settings.compression.budget == "latency" and run.checkpoint is None:
         accelerator.wait_for_everyone()  # nobody works beside it
         if accelerator.is_main_process:
-            measured = latency_table(supernet, dtype=PRECISIONS[accelerator.mixed_precision])
+            measured = latency_table(supernet, run.inputs, PRECISIONS[accelerator.mixed_precision])
             print(latency_rows(supernet.subnets, measured), end="\n\n")
         accelerator.wait_for_everyone()
     accelerator.print(size_table(supernet.subnets))

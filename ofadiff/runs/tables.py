@@ -43,7 +43,7 @@ def costs(subnets: SizeTable) -> dict[float, tuple[str, str]]:
     return {
         subnet.size: (
             f"{readable(subnet.params)} ({subnet.params / subnets.full_params:.1%})",
-            f"{readable(subnet.macs)} ({subnet.macs / subnets.full_macs:.1%})",
+            "not counted" if subnet.macs is None else f"{readable(subnet.macs)} ({subnets.share_of_macs(subnet):.1%})",
         )
         for subnet in subnets
     }

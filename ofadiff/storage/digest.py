@@ -9,10 +9,16 @@ from torch import nn
 
 
 @torch.no_grad()
-def digest_of_weights(model: nn.Module) -> str:
-    """What tells a model's weights from any others."""
+def digest_of_weights(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """What tells a model's weights from any others.
+
+    Args:
+        model: The model.
+        dtype: Compare its floating-point weights as they are in this dtype; by default each in its own.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        tensor = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
     return f"SHA-256 {digest.hexdigest()}"

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from diffusers import ModelMixin
 
 from ofadiff.sizes import CONFIG_NAME
+from ofadiff.storage.model_classes import model_class
 
 FORMAT_VERSION = 1
 
@@ -37,7 +37,7 @@ def read_ofa_config(directory: str | Path) -> dict[str, Any]:
 
 
 def denoiser_class(directory: str | Path) -> type[ModelMixin]:
-    """The diffusers class that a denoiser's `config.json` names.
+    """The class that a denoiser's `config.json` names, of diffusers or of `MODEL_CLASSES`.
 
     Raises:
         ValueError: If there is no `config.json` or it names no diffusers model.
@@ -46,7 +46,10 @@ def denoiser_class(directory: str | Path) -> type[ModelMixin]:
     if not path.is_file():
         raise ValueError(f"{directory} holds no config.json, so it is no diffusers model")
     name = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
-    stock = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(stock, type) and issubclass(stock, ModelMixin)):
-        raise ValueError(f"{path} names the class {name!r}, which is no diffusers model")
+    stock = model_class(name)
+    if stock is None:
+        raise ValueError(
+            f"{path} names the class {name!r}, which is no diffusers model; a class of your own has to be in "
+            "MODEL_CLASSES of ofadiff.storage.model_classes"
+        )
     return stock

@@ -7,29 +7,30 @@ another function that it is given.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ofadiff.denoisers.prepare import DenoiserInputs, Prepare
+from ofadiff.denoisers.prepare import DenoiserInputs, Prepare, parts_of
 from ofadiff.noise.draws import Batch
+from ofadiff.recordings.nested import map_tensors
+from ofadiff.recordings.recorded_call import answer_of, answer_rows
 
 
 def predict(model: nn.Module, inputs: DenoiserInputs) -> Tensor:
-    """The denoiser's prediction, `(N, C, H, W)`, in the precision of its weights.
+    """The denoiser's prediction, `(N, C, H, W)`, in the precision of its weights; flat, `(N, …)`, of several outputs.
 
     Timesteps stay what they are, for the denoiser to embed: bfloat16 knows two of 998, 999 and 1000 at most.
     """
-    arguments = _as_dtype(inputs.arguments, next(model.parameters()).dtype)
-    arguments["timestep"] = inputs.arguments["timestep"]
-    return model(**arguments, return_dict=False)[0]
+    dtype = next(model.parameters()).dtype
 
+    def cast(tensor: Tensor) -> Tensor:
+        follows = tensor.is_floating_point() and inputs.dtype in (None, tensor.dtype)
+        return tensor.to(dtype) if follows else tensor
 
-def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, dict):
-        return {name: _as_dtype(entry, dtype) for name, entry in value.items()}
-    return value.to(dtype) if value.is_floating_point() else value
+    arguments = {
+        name: value if name == inputs.time else map_tensors(cast, value) for name, value in inputs.arguments.items()
+    }
+    return answer_rows(answer_of(model(**arguments, **inputs.options)))
 
 
 def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -44,5 +45,12 @@ def prediction_loss(prediction: Tensor, inputs: DenoiserInputs) -> Tensor:
 
 def denoising_loss(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
     """Each sample's loss L_n, `(N,)`. With `prepare` bound it is the `loss_fn` of `score_channels`."""
-    inputs = prepare(batch)
-    return prediction_loss(predict(model, inputs), inputs)
+    return torch.cat([prediction_loss(predict(model, inputs), inputs) for inputs in parts_of(prepare(batch))])
+
+
+def denoised(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
+    """The part of the denoiser's output that counts, `(N, …)`: what criterion `"sensitivity"` takes in place of a loss."""
+    predictions = [
+        predict(model, inputs)[:, : inputs.target.shape[1]].flatten(1) for inputs in parts_of(prepare(batch))
+    ]
+    return torch.cat(predictions)

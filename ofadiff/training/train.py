@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ofadiff.data.captioned_stream import TextToImageStream, load_stream
 from ofadiff.data.order import Samples, fixed_batches, load_batches, step_batches
 from ofadiff.data.stream import START
+from ofadiff.denoisers.prepare import DenoiserInputs, parts_of
 from ofadiff.noise.draws import Batch
 from ofadiff.reweight import sample_size
 from ofadiff.supernet import Supernet
@@ -248,21 +249,29 @@ class _Run:
         """Forward and backward of one batch, and the step of the optimizer if it is the last one; the mean loss."""
         accelerator, objective = self.accelerator, self.objective
         torch.manual_seed(int(batch["seeds"][0]))
-        inputs = objective.prepare(send_to_device(batch, accelerator.device))
+        parts = parts_of(objective.prepare(send_to_device(batch, accelerator.device)))
         with accelerator.accumulate(self.model):
-            with block_outputs(self.supernet.model, self.watched) as features:
-                prediction = predict(self.model, inputs)
-            loss = prediction_loss(prediction, inputs)
-            if objective.teacher is not None:
-                weights = objective.distill_weight, objective.feature_distill_weight
-                with accelerator.autocast():
-                    loss = loss + distillation_loss(objective.teacher, inputs, prediction, features, *weights)
+            loss = torch.cat([self._losses(inputs) for inputs in parts])
             accelerator.backward(loss.mean())
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(self.trained, self.schedule.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
             return loss.detach().mean()
+
+    def _losses(self, inputs: DenoiserInputs) -> Tensor:
+        """Each sample's loss in one forward, `(N,)`."""
+        teacher, weights = (
+            self.objective.teacher,
+            (self.objective.distill_weight, self.objective.feature_distill_weight),
+        )
+        with block_outputs(self.supernet.model, self.watched) as features:
+            prediction = predict(self.model, inputs)
+        loss = prediction_loss(prediction, inputs)
+        if teacher is not None:
+            with self.accelerator.autocast():
+                loss = loss + distillation_loss(teacher, inputs, prediction, features, *weights)
+        return loss
 
     def finish(self) -> TrainingResult:
         """Leaves a plain model with averaged weights, in eval mode, at its largest size."""

@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ofadiff.denoisers.prepare import Prepare
+from ofadiff.denoisers.prepare import Prepare, parts_of
 from ofadiff.noise.draws import Batch
 from ofadiff.supernet import Supernet
 from ofadiff.training.losses import predict, prediction_loss
@@ -50,10 +50,10 @@ def _validation_losses(
 ) -> dict[float, float]:
     totals = {size: torch.zeros(2, device=accelerator.device) for size in at_sizes}
     for batch in batches:
-        inputs = prepare(send_to_device(batch, accelerator.device))
+        parts = parts_of(prepare(send_to_device(batch, accelerator.device)))
         for size, at_size in at_sizes.items():
             with at_size():
-                losses = prediction_loss(predict(model, inputs), inputs)
+                losses = torch.cat([prediction_loss(predict(model, inputs), inputs) for inputs in parts])
             totals[size] += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=accelerator.device)])
     sums = {size: accelerator.reduce(total, "sum").tolist() for size, total in totals.items()}
     return {size: loss / count for size, (loss, count) in sums.items()}

@@ -1,0 +1,204 @@
+"""A run on recordings: the pipeline's own calls are recorded, then its denoiser is all that is loaded."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+
+from ofadiff.data import order
+from ofadiff.denoisers.copies import copy_in
+from ofadiff.denoisers.original import (
+    Original,
+    absent_components,
+    cannot_load,
+    check_not_compressed,
+    read_any_original,
+)
+from ofadiff.denoisers.prepare import prepare_recorded
+from ofadiff.denoisers.recorded import answered_channels
+from ofadiff.dtypes import PRECISIONS
+from ofadiff.pipelines.calls import check_calls, described, parsed_value, read_calls
+from ofadiff.pipelines.ofa_pipeline import OFAPipeline, stock_pipeline_class
+from ofadiff.pipelines.recording import record
+from ofadiff.recordings.folder import DESCRIPTION_NAME, Recordings, check_same_model, read_description, recorded_calls
+from ofadiff.recordings.joining import can_be_joined
+from ofadiff.recordings.samples import RecordedSamples
+from ofadiff.runs.checks import begin
+from ofadiff.runs.data import RunData
+from ofadiff.runs.run import Run, check_run, with_defaults_of
+from ofadiff.runs.settings import Calls, RunSettings
+
+# Recorded calls that joining is tried on.
+TRIED = 8
+
+
+def recordings_folder(settings: RunSettings) -> Path:
+    """Where the recordings of a run are."""
+    return Path(settings.calls.recordings_dir or f"{settings.output.output_dir.rstrip('/')}-recordings")
+
+
+def call_arguments(calls: Calls) -> dict[str, Any]:
+    """The arguments of all calls.
+
+    Raises:
+        ValueError: If one is not NAME=VALUE.
+    """
+    words = [word.partition("=") for word in calls.call_arguments or ()]
+    for name, sign, value in words:
+        if not (name and sign):
+            raise ValueError(f"--call_arguments {name}{sign}{value}: write NAME=VALUE, such as num_inference_steps=20")
+    return {name: value if "prompt" in name else parsed_value(value) for name, _, value in words}
+
+
+def pipeline_class(original: Original) -> type[DiffusionPipeline]:
+    """The class of a pipeline's folder.
+
+    Raises:
+        ValueError: If diffusers has none of that name.
+    """
+    return stock_pipeline_class(original.folder, original.denoiser)
+
+
+def checked_calls(original: Original, calls: Calls) -> list[dict[str, Any]]:
+    """The calls of a file, found to be calls of this pipeline. Raises ValueError for one that is not."""
+    assert calls.calls_file is not None
+    folder = Path(calls.calls_file).parent
+    return check_calls(pipeline_class(original), read_calls(calls.calls_file), call_arguments(calls), folder)
+
+
+def load_whole_pipeline(original: Original, dtype: torch.dtype) -> Any:
+    """The pipeline as a user would load it. Raises ValueError if it cannot be loaded."""
+    without = absent_components(DiffusionPipeline.load_config(original.folder))
+    sized = bool(list(original.folder.glob(f"{original.component}/ofa_config.json")))
+    loader = OFAPipeline if sized else pipeline_class(original)
+    try:
+        return loader.from_pretrained(original.folder, variant=original.variant, torch_dtype=dtype, **without)
+    except (AttributeError, OSError, ValueError) as error:
+        raise cannot_load(original.name, f"a {pipeline_class(original).__name__}", error) from error
+
+
+def make_recordings(
+    original: Original, calls: Calls, folder: Path, dtype: torch.dtype, seed: int, device: torch.device
+) -> Recordings:
+    """Records what of a file's calls is not recorded yet; all processes share the work.
+
+    Args:
+        original: The pipeline.
+        calls: What is asked for.
+        folder: Where the recordings are, or shall be.
+        dtype: Of the pipeline while it samples.
+        seed: Of its noise, and of the steps that are kept.
+        device: Where it samples.
+
+    Raises:
+        ValueError: If a call cannot be made, or the folder holds other recordings.
+    """
+    if calls.calls_file is None:
+        return Recordings(folder)
+    checked = checked_calls(original, calls)
+    if is_recorded(folder, [described(call) for call in checked], calls.steps_per_call, seed):
+        return Recordings(folder)
+    pipeline = load_whole_pipeline(original, dtype).to(device)
+    limit = None if calls.max_recordings_gb is None else round(calls.max_recordings_gb * 1e9)
+    return record(pipeline, checked, folder, calls.steps_per_call, seed, component=original.component, max_bytes=limit)
+
+
+def is_recorded(folder: Path, calls: list[Any], steps_per_call: int, seed: int) -> bool:
+    """Whether a folder holds all recordings of some calls; the model is compared once it is loaded."""
+    if not (folder / DESCRIPTION_NAME).is_file():
+        return False
+    description = read_description(folder)
+    asked = {"calls": calls, "steps_per_call": steps_per_call, "seed": seed}
+    return all(description[name] == value for name, value in asked.items()) and len(recorded_calls(folder)) == len(
+        calls
+    )
+
+
+def recorded_data(recordings: Recordings, fraction: float, seed: int, joined: bool) -> RunData:
+    """Training and validation samples; of a call of the pipeline all steps are on the same side.
+
+    Raises:
+        ValueError: If the fraction leaves nothing to train on.
+    """
+    numbers = recordings.pipeline_calls
+    training, validation = order.hold_out(len(numbers), fraction, seed)
+    sides = []
+    for side in (training, validation):
+        chosen = {numbers[position] for position in side}
+        sides.append([index for index in range(len(recordings)) if recordings.pipeline_call(index) in chosen])
+    held_out = RecordedSamples(recordings, sides[1], joined) if sides[1] else None
+    return RunData(RecordedSamples(recordings, sides[0], joined), held_out)
+
+
+def load_denoiser(original: Original) -> Any:
+    """The denoiser alone, in full precision. Raises ValueError if it cannot be loaded."""
+    stock = type(original.denoiser)
+    try:
+        return stock.from_pretrained(original.folder, subfolder=original.component, variant=original.variant).float()
+    except (OSError, ValueError) as error:
+        raise cannot_load(original.name, f"a pipeline with a {stock.__name__}", error) from error
+
+
+def start_recorded(settings: RunSettings) -> Run:
+    """Like `start`, for a pipeline of any class: what can be wrong is found out first, then it is recorded.
+
+    Args:
+        settings: With `calls`.
+
+    Raises:
+        ValueError: If something the user gave cannot work.
+
+    Example:
+        >>> settings = RunSettings(model, Data(), output, calls=Calls(calls_file="prompts.txt"))
+        >>> run = start_recorded(settings)
+        >>> groups = find_channel_groups(run.denoiser)
+    """
+    accelerator, checkpoint = begin(settings)
+    model, calls = settings.model, settings.calls
+    check_not_compressed(model.pretrained_model_name_or_path)
+    where = model.revision, model.variant, model.cache_dir
+    original = read_any_original(model.pretrained_model_name_or_path, calls.component, *where)
+    settings = with_defaults_of(settings, original)
+    check_run(settings, accelerator, original, checkpoint)
+    if calls.calls_file is not None:
+        checked_calls(original, calls)
+    return build_recorded(settings, accelerator, original, checkpoint)
+
+
+def build_recorded(settings: RunSettings, accelerator: Accelerator, original: Original, checkpoint: Path | None) -> Run:
+    """Records, and loads what training needs: the denoiser, and the teacher where its block outputs are asked for.
+
+    Raises:
+        ValueError: If something the user gave cannot work.
+    """
+    if settings.compression.criterion == "taylor":
+        raise ValueError(
+            "--criterion taylor ranks by the loss, which is zero against the original's own answers; choose sensitivity"
+        )
+    seed, fraction = settings.optimization.seed, settings.data.validation_fraction
+    precision = PRECISIONS[accelerator.mixed_precision]
+    folder = recordings_folder(settings)
+    recordings = make_recordings(original, settings.calls, folder, precision, seed, accelerator.device)
+    accelerator.print(
+        f"{len(recordings)} recorded calls of the {original.component}, of {len(recordings.pipeline_calls)} calls of "
+        f"the pipeline, {recordings.bytes / 1e6:.1f} MB in {recordings.folder}"
+    )
+    denoiser = load_denoiser(original)
+    (pipeline,) = original.kind.components
+    check_same_model(recordings, pipeline, original.component, denoiser)
+    denoiser.to(accelerator.device).eval()
+    joined = can_be_joined(denoiser, [call.to(accelerator.device) for call in recordings[:TRIED]])
+    assert fraction is not None
+    data = recorded_data(recordings, fraction, seed, joined)
+    teacher = None
+    if settings.losses.feature_distill_weight:
+        teacher = copy_in(denoiser, recordings.dtype).requires_grad_(False)
+    if original.kind.begin_training is not None:
+        original.kind.begin_training(denoiser)
+    prepare = functools.partial(prepare_recorded, channels=answered_channels(denoiser.config))
+    return Run(settings, accelerator, original, denoiser, data, prepare, teacher, checkpoint, recordings=recordings)
