@@ -18,8 +18,8 @@ from ofadiff.allocation.budgets import BUDGETS, COSTS, budget_widths
 from ofadiff.allocation.equation_5 import paper_widths
 from ofadiff.allocation.width_ladders import ladders
 from ofadiff.channels import ChannelGroup, check_scores
-from ofadiff.denoisers.inputs import Inputs, forward_inputs
-from ofadiff.profiling.cost import UnitCosts, unit_costs
+from ofadiff.denoisers.inputs import Inputs
+from ofadiff.profiling.cost import UnitCosts, count_macs, unit_costs
 from ofadiff.profiling.latency import LatencyCosts, measure_latency_costs
 from ofadiff.sizes import TOLERANCE, SizeTable, Subnet
 
@@ -76,15 +76,31 @@ def allocate(
         >>> round(subnets[0.5].params / subnets.full_params, 2)
         0.5
     """
+    _checked_sizes(sizes)
+    _check_options(budget, min_keep, alignment)
+    check_scores(groups, scores)
+    costs = unit_costs(model, groups, inputs)
+    if budget == "macs" and costs.macs is None:
+        count_macs(model, inputs)  # says why there are none
+    if budget == "latency" and latencies is None:
+        latencies = measure_latency_costs(model, groups, ladders(groups, min_keep, alignment), inputs)
+    return allocate_costs(groups, scores, costs, sizes, budget, min_keep, alignment, latencies)
+
+
+def allocate_costs(
+    groups: Sequence[ChannelGroup],
+    scores: Mapping[str, torch.Tensor],
+    costs: UnitCosts,
+    sizes: Sequence[float] = (0.4, 0.6, 0.8, 1.0),
+    budget: str = "params",
+    min_keep: float = 0.25,
+    alignment: int = 8,
+    latencies: LatencyCosts | None = None,
+) -> SizeTable:
+    """Like `allocate`, where what groups cost is known."""
     sizes = _checked_sizes(sizes)
     _check_options(budget, min_keep, alignment)
     check_scores(groups, scores)
-    if budget == "macs":
-        inputs = forward_inputs(model, inputs)  # an error if there are none
-    costs = unit_costs(model, groups, inputs)
-    if budget == "latency" and latencies is None:
-        latencies = measure_latency_costs(model, groups, ladders(groups, min_keep, alignment), inputs)
-
     if budget == "channels":
         widths_of = {size: paper_widths(groups, scores, size, min_keep) for size in sizes}
     else:
@@ -102,7 +118,7 @@ def allocate(
         warnings.warn(
             f"sizes are missed by more than {TOLERANCE:.1%} of the full model's {budget}: {table.reached_in_words()}; "
             "the widths that its groups may have are too coarse to come closer (a smaller alignment gives more)",
-            stacklevel=2,
+            stacklevel=3,
         )
     return table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -74,7 +75,9 @@ def class_of_component(library: str, name: str) -> Any:
     """The class that a pipeline's `model_index.json` names for a component; None if it is not of diffusers or known
     here.
     """
-    return model_class(name) if library == "diffusers" or name in MODEL_CLASSES else None
+    # A few lie beside their pipeline, whose module is named then.
+    of_diffusers = library == "diffusers" or find_spec(f"{PIPELINES}{library}") is not None
+    return model_class(name) if of_diffusers or name in MODEL_CLASSES else None
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> Any:

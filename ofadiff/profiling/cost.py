@@ -68,9 +68,9 @@ def unit_costs(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Inputs 
     params = unit_parameters(model, groups)
     try:
         arguments = forward_inputs(model, inputs)
+        counter, batch = _counted_forward(model, arguments), batch_of(arguments)
     except NoInputsError:
         return UnitCosts(count_parameters(model), None, params, {})
-    counter, batch = _counted_forward(model, arguments), batch_of(arguments)
     flops = {name: sum(per_op.values()) for name, per_op in counter.get_flop_counts().items()}
     root = type(model).__name__
     unit_macs: dict[str, int] = {}
@@ -125,8 +125,10 @@ def _counted_forward(model: nn.Module, inputs: Mapping[str, Any]) -> FlopCounter
     on_meta = copy.deepcopy(model, {id(tensor): tensor.detach().to("meta") for tensor in tensors})
     try:
         return _count(on_meta, _to_meta(dict(inputs)))
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError) as error:
         # A model that looks at the values of its inputs, such as the lengths of the prompts, has to compute.
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise NoInputsError(f"a {type(model).__name__} can be counted with its weights only") from error
         return _count(model, inputs)
 
 

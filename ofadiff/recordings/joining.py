@@ -116,7 +116,7 @@ def _joined(calls: Sequence[RecordedCall]) -> RecordedCall:
         return calls[0]
     first = calls[0]
     arguments = {}
-    for name, value in first.arguments.items():
+    for name in first.arguments:
         values = [call.arguments[name] for call in calls]
         if name == first.time:
             arguments[name] = torch.cat([_for_each(time, call.rows) for time, call in zip(values, calls, strict=True)])

@@ -102,8 +102,8 @@ def _tensor_spec(tensor: Tensor, tensors: Tensors) -> Spec:
     if tensor.is_complex():
         tensor, spec["complex"] = torch.view_as_real(tensor.resolve_conj()), True
     shape = tuple(tensor.shape)
-    once = [slice(1) if size > 1 and stride == 0 else slice(None) for size, stride in zip(shape, tensor.stride())]
-    narrow = tensor[tuple(once)]
+    repeated = [size > 1 and stride == 0 for size, stride in zip(shape, tensor.stride(), strict=True)]
+    narrow = tensor[tuple(slice(1) if again else slice(None) for again in repeated)]
     if tuple(narrow.shape) != shape:
         spec["expand"] = list(shape)
     if not narrow.is_contiguous():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ofadiff.runs.checks import begin
 from ofadiff.runs.data import RunData
 from ofadiff.runs.run import Run, check_run, with_defaults_of
 from ofadiff.runs.settings import Calls, RunSettings
+from ofadiff.runs.size_checks import check_sizes
 
 # Recorded calls that joining is tried on.
 TRIED = 8
@@ -77,7 +79,10 @@ def load_whole_pipeline(original: Original, dtype: torch.dtype) -> Any:
     sized = bool(list(original.folder.glob(f"{original.component}/ofa_config.json")))
     loader = OFAPipeline if sized else pipeline_class(original)
     try:
-        return loader.from_pretrained(original.folder, variant=original.variant, torch_dtype=dtype, **without)
+        with warnings.catch_warnings():
+            # The only name for it that every version of diffusers takes.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            return loader.from_pretrained(original.folder, variant=original.variant, torch_dtype=dtype, **without)
     except (AttributeError, OSError, ValueError) as error:
         raise cannot_load(original.name, f"a {pipeline_class(original).__name__}", error) from error
 
@@ -192,6 +197,8 @@ def build_recorded(settings: RunSettings, accelerator: Accelerator, original: Or
     (pipeline,) = original.kind.components
     check_same_model(recordings, pipeline, original.component, denoiser)
     denoiser.to(accelerator.device).eval()
+    if settings.compression.budget == "macs":
+        check_sizes(settings.compression, denoiser, inputs=recordings)
     joined = can_be_joined(denoiser, [call.to(accelerator.device) for call in recordings[:TRIED]])
     assert fraction is not None
     data = recorded_data(recordings, fraction, seed, joined)

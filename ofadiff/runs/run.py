@@ -15,10 +15,9 @@ from torch import nn
 
 from ofadiff.denoisers.copies import copy_in
 from ofadiff.denoisers.encoder import Encoder
-from ofadiff.denoisers.kind import DenoiserKind
+from ofadiff.denoisers.kind import CALLS, DenoiserKind
 from ofadiff.denoisers.original import Original, check_not_compressed, read_original
 from ofadiff.denoisers.prepare import Prepare, prepare_batch
-from ofadiff.denoisers.table import kind_of_model
 from ofadiff.dtypes import PRECISIONS
 from ofadiff.recordings.folder import Recordings
 from ofadiff.runs.checks import begin, check_same_flags
@@ -44,7 +43,7 @@ class Run:
         checkpoint: To resume from, or None.
         pipeline: The pretrained pipeline; None where nothing but the denoiser is needed.
         encode: The frozen half of the pipeline; None without it.
-        recordings: What the denoiser is trained on in place of images.
+        recordings: What the denoiser is trained on in place of images, and its costs are measured on.
     """
 
     settings: RunSettings
@@ -58,11 +57,6 @@ class Run:
     pipeline: DiffusionPipeline | None = None
     encode: Encoder | None = None
     recordings: Recordings | None = None
-
-    @property
-    def inputs(self) -> Recordings | None:
-        """What costs are measured on where nothing else is known of the denoiser's class."""
-        return None if kind_of_model(self.denoiser) is not None else self.recordings
 
 
 def start(settings: RunSettings, kinds: Sequence[DenoiserKind] | None = None) -> Run:
@@ -99,7 +93,8 @@ def check_run(settings: RunSettings, accelerator: Accelerator, original: Origina
             f"FSDP does not work with diffusers' {original.kind.model}, which uses a weight of its first block outside "
             "that block: choose plain multi-GPU in `accelerate config`"
         )
-    check_sizes(settings.compression, original.denoiser)
+    # What costs are measured on may have to be recorded first.
+    check_sizes(settings.compression, original.denoiser, counted=original.kind.condition != CALLS)
 
 
 def with_defaults_of(settings: RunSettings, original: Original) -> RunSettings:

@@ -7,9 +7,9 @@ import warnings
 import torch
 from diffusers import ModelMixin
 
-from ofadiff.allocation import allocate
+from ofadiff.allocation.allocation import allocate, allocate_costs
 from ofadiff.denoisers.inputs import Inputs
-from ofadiff.denoisers.table import kind_of_model
+from ofadiff.profiling.cost import UnitCosts, count_parameters, unit_parameters
 from ofadiff.profiling.latency import LatencyCosts
 from ofadiff.runs.settings import Compression
 from ofadiff.sizes import SizeTable
@@ -21,6 +21,7 @@ def check_sizes(
     denoiser: ModelMixin,
     latencies: LatencyCosts | None = None,
     inputs: Inputs | None = None,
+    counted: bool = True,
 ) -> SizeTable:
     """The sizes, as far as they are known before scores are: their widths are not.
 
@@ -28,7 +29,8 @@ def check_sizes(
         compression: What is asked for.
         denoiser: Its weights do not matter, so it may be on the meta device.
         latencies: Which sizes in latency can be met is known once it is measured.
-        inputs: Those in MACs once something says what the denoiser is called with; see `allocate`.
+        inputs: What MACs are counted on, see `allocate`.
+        counted: Whether that is known yet.
 
     Raises:
         ValueError: Unless the sizes can be met, and the options fit what was chosen.
@@ -38,10 +40,12 @@ def check_sizes(
     groups = find_channel_groups(denoiser)
     alike = {group.name: torch.ones(group.width) for group in groups}
     unknown = compression.budget == "latency" and latencies is None
-    if compression.budget == "macs" and inputs is None:
-        unknown = kind_of_model(denoiser) is None
+    unknown |= compression.budget == "macs" and not counted
     sizes, budget = ((1.0,), "params") if unknown else (compression.sizes, compression.budget)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what is missed depends on the scores, which come later
+        if not counted:
+            costs = UnitCosts(count_parameters(denoiser), None, unit_parameters(denoiser, groups), {})
+            return allocate_costs(groups, alike, costs, sizes, budget, compression.min_keep)
         which = denoiser, groups, alike, sizes, budget, compression.min_keep
         return allocate(*which, inputs=inputs, latencies=latencies)

@@ -91,9 +91,9 @@ def measure_latency(run: Run, groups: Sequence[ChannelGroup]) -> LatencyCosts | 
     accelerator.wait_for_everyone()  # nobody works beside it
     if accelerator.is_main_process:
         timed = copy_in(run.denoiser, PRECISIONS[accelerator.mixed_precision]).to(accelerator.device).eval()
-        measured = [measure_latency_costs(timed, groups, ladders(groups, compression.min_keep), run.inputs)]
+        measured = [measure_latency_costs(timed, groups, ladders(groups, compression.min_keep), run.recordings)]
     latencies = broadcast_object_list(measured)[0]
-    check_sizes(compression, run.denoiser, latencies, run.inputs)
+    check_sizes(compression, run.denoiser, latencies, run.recordings)
     return latencies
 
 
@@ -107,7 +107,7 @@ def choose_sizes(
             warnings.simplefilter("ignore", UserWarning)
         sizes, budget, min_keep = compression.sizes, compression.budget, compression.min_keep
         which = run.denoiser, groups, scores, sizes, budget, min_keep
-        return allocate(*which, inputs=run.inputs, latencies=latencies)
+        return allocate(*which, inputs=run.recordings, latencies=latencies)
 
 
 def provenance(run: Run) -> dict[str, object]:
@@ -132,7 +132,7 @@ def show_sizes(run: Run, supernet: Supernet) -> None:
     if run.settings.compression.budget == "latency" and run.checkpoint is None:
         accelerator.wait_for_everyone()  # nobody works beside it
         if accelerator.is_main_process:
-            measured = latency_table(supernet, run.inputs, PRECISIONS[accelerator.mixed_precision])
+            measured = latency_table(supernet, run.recordings, PRECISIONS[accelerator.mixed_precision])
             print(latency_rows(supernet.subnets, measured), end="\n\n")
         accelerator.wait_for_everyone()
     accelerator.print(size_table(supernet.subnets))

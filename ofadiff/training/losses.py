@@ -49,7 +49,7 @@ def denoising_loss(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
 
 
 def denoised(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
-    """The part of the denoiser's output that counts, `(N, …)`: what criterion `"sensitivity"` takes in place of a loss."""
+    """What counts of the denoiser's output, `(N, …)`: what criterion `"sensitivity"` takes in place of a loss."""
     predictions = [
         predict(model, inputs)[:, : inputs.target.shape[1]].flatten(1) for inputs in parts_of(prepare(batch))
     ]

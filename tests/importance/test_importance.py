@@ -110,7 +110,9 @@ def test_bad_input():
     unet = make_unet("plain")
     groups = find_channel_groups(unet)
     batches = [random_inputs(unet)]
-    with pytest.raises(ValueError, match="criterion is 'hessian'; it must be one of magnitude, random, sensitivity, taylor"):
+    with pytest.raises(
+        ValueError, match="criterion is 'hessian'; it must be one of magnitude, random, sensitivity, taylor"
+    ):
         score_channels(unet, groups, batches, squared_output_loss, criterion="hessian")
     with pytest.raises(ValueError, match="needs batches and loss_fn"):
         score_channels(unet, groups)
