@@ -8,7 +8,16 @@ from conftest import plain_unet, random_inputs, squared_output_loss
 from diffusers import DDPMPipeline, DDPMScheduler
 
 import ofadiff
-from ofadiff import OFAPipeline, Supernet, allocate, evaluate, find_channel_groups, rotate_attention, score_channels
+from ofadiff import (
+    OFAPipeline,
+    Supernet,
+    allocate,
+    evaluate,
+    find_channel_groups,
+    record,
+    rotate_attention,
+    score_channels,
+)
 
 
 @pytest.fixture
@@ -27,11 +36,12 @@ def names(tmp_path, monkeypatch):
     made.load_state_dict(unet.state_dict())
     DDPMPipeline(made, pipeline.scheduler).save_pretrained("ofa")
     Supernet(made, find_channel_groups(made), scores, subnets).save_pretrained("ofa/unet")
-    found = {"unet": unet, "groups": groups, "scores": scores, "subnets": subnets}
+    pipeline.set_progress_bar_config(disable=True)
+    found = {"unet": unet, "groups": groups, "scores": scores, "subnets": subnets, "pipeline": pipeline}
     return {**vars(ofadiff), **found, "batches": batches, "loss_fn": loss_fn}
 
 
-PUBLIC = [find_channel_groups, rotate_attention, score_channels, allocate, Supernet, OFAPipeline, evaluate]
+PUBLIC = [find_channel_groups, rotate_attention, score_channels, allocate, Supernet, OFAPipeline, record, evaluate]
 
 
 @pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)

@@ -1,4 +1,4 @@
-"""The command line: `ofadiff compress | heal | extract | evaluate | architectures`."""
+"""The command line: `ofadiff compress | heal | extract | evaluate | record | architectures`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ofadiff.commands.compress import compress
 from ofadiff.commands.evaluate import evaluate_checkpoint
 from ofadiff.commands.extract import extract
 from ofadiff.commands.heal import heal
+from ofadiff.commands.record import record_calls
 
 # A new command is one file and one line here.
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "heal": heal,
     "extract": extract,
     "evaluate": evaluate_checkpoint,
+    "record": record_calls,
     "architectures": write_architectures,
 }
 

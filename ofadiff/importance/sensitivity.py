@@ -1,8 +1,9 @@
 """Sensitivity of the output: what a unit does to it, where no loss says what it should have been.
 
 Against its own answers the original's loss is zero, and so are its gradients. To first order the output y changes by
-Δy = Σ_{w ∈ c} w · ∂y/∂w without channel c. For a random direction v with E[v vᵀ] = I the product (v · Δy)² has the mean
-‖Δy‖² (Hutchinson's estimator), and v · Δy = Σ_{w ∈ c} w · ∂(v · y)/∂w is what `taylor` computes with v · y as the loss.
+Δy = Σ_{w ∈ c} w · ∂y/∂w without channel c. For a random direction v with E[v vᵀ] = I the product v · Δy has the mean
+square ‖Δy‖² (Hutchinson's estimator), and v · Δy = Σ_{w ∈ c} w · ∂(v · y)/∂w is equation 4 with v · y as the loss. The
+mean of |v · Δy| over samples ranks better than the mean of squares, in which few samples decide (docs/log.md).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from ofadiff.channels import ChannelGroup
-from ofadiff.importance.taylor import mean_scores
+from ofadiff.importance.taylor import taylor
 
 
 def sensitivity(
@@ -25,20 +26,20 @@ def sensitivity(
     loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Root mean square of what each unit does to the output, to first order; needs no target.
+    """What each unit does to the output, to first order, along a random direction for each sample; needs no target.
 
     Args:
         model: The denoiser, not elastic yet.
         groups: Its channel groups.
         batches: Batches for `loss_fn`; at least one.
         loss_fn: `loss_fn(model, batch)` gives the output, `(N, …)`, in place of a loss.
-        seed: Of the directions, one for each sample.
+        seed: Of the directions.
 
     Returns:
         For every group its scores, shape `(width,)`, float32.
 
     Raises:
-        ValueError: If batches or the output are missing, there is no batch, or an output is no `(N, …)` or not finite.
+        ValueError: If batches or the output are missing, there is no batch, or an output is not `(N, …)` or not finite.
     """
     if batches is None or loss_fn is None:
         raise ValueError("criterion 'sensitivity' needs batches, and in place of loss_fn what gives the output")
@@ -55,5 +56,4 @@ def sensitivity(
         signs = torch.randint(2, output.shape, generator=generator).to(output.device, torch.float32) * 2 - 1
         return (output.float() * signs).flatten(1).sum(dim=1) / signs[0].numel() ** 0.5
 
-    squares = mean_scores(model, groups, batches, projection, torch.square)
-    return {name: scores.sqrt() for name, scores in squares.items()}
+    return taylor(model, groups, batches, projection)

@@ -50,30 +50,6 @@ def taylor(
         raise ValueError("criterion 'taylor' needs batches and loss_fn")
     if not 0 <= loss_threshold < 1:
         raise ValueError(f"loss_threshold is {loss_threshold}; it must lie in [0, 1)")
-    return mean_scores(model, groups, batches, loss_fn, torch.abs, loss_threshold)
-
-
-def mean_scores(
-    model: nn.Module,
-    groups: Sequence[ChannelGroup],
-    batches: Iterable[Any],
-    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
-    measure: Callable[[torch.Tensor], torch.Tensor],
-    loss_threshold: float = 0.0,
-) -> dict[str, torch.Tensor]:
-    """The mean over samples of a measure of Σ w · ∂L_n/∂w, for every unit.
-
-    Args:
-        model: As in `taylor`.
-        groups: As in `taylor`.
-        batches: As in `taylor`.
-        loss_fn: As in `taylor`.
-        measure: What is taken of the sum of a channel and a tensor before it is added to others.
-        loss_threshold: As in `taylor`.
-
-    Raises:
-        ValueError: As in `taylor`.
-    """
     losses: list[torch.Tensor] = []
     # Per sample only where samples are left out later; otherwise the running sum.
     sums = {group.name: torch.zeros(group.width) for group in groups}
@@ -95,7 +71,8 @@ def mean_scores(
                     raise ValueError(f"loss_fn gave a loss that is not finite: {loss.detach().tolist()}")
                 (loss.float().sum() * loss_scale).backward()
             losses.append(loss.detach().float().cpu())
-            for name, scores in recorder.unit_scores(len(loss), lambda sums: measure(sums / loss_scale)).items():
+            for name, scaled in recorder.unit_scores(len(loss)).items():
+                scores = scaled / loss_scale
                 if not torch.isfinite(scores).all():
                     raise ValueError(f"scores of {name} are not finite in {model.dtype}; score in bfloat16 or float32")
                 if loss_threshold:
@@ -141,8 +118,8 @@ class _Recorder:
         for handle in self.handles:
             handle.remove()
 
-    def unit_scores(self, samples: int, measure: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A measure of each channel and tensor, summed to units: for every group `(samples, width)`, float32.
+    def unit_scores(self, samples: int) -> dict[str, torch.Tensor]:
+        """Absolute value per channel and tensor, summed to units: for every group `(samples, width)`, float32.
 
         Layers that the loss does not depend on count nothing: some transformers drop their last block's text stream.
         """
@@ -152,17 +129,15 @@ class _Recorder:
         for group, part in self.parts:
             if (part.module, part.axis) in self.products:
                 products = self.products[part.module, part.axis]
-                scores[group.name] += _per_sample_units(part, products, samples, measure).cpu()
+                scores[group.name] += _per_sample_units(part, products, samples).cpu()
         return scores
 
 
-def _per_sample_units(
-    part: Slice, products: torch.Tensor, samples: int, measure: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def _per_sample_units(part: Slice, products: torch.Tensor, samples: int) -> torch.Tensor:
     if products.shape[0] % samples:
         raise ValueError(f"{part.module} ran on {products.shape[0]} rows, which {samples} samples do not divide")
     per_sample = products.unflatten(0, (samples, -1)).sum(1)
-    return part.per_unit(measure(per_sample).T).T
+    return part.per_unit(per_sample.abs().T).T
 
 
 def _channel_dim(layer: nn.Module) -> int:

@@ -80,7 +80,10 @@ def record(
             is less than one call takes, or an argument of the denoiser cannot be kept.
 
     Example:
-        >>> recordings = ofadiff.record(pipeline, ["a", "b"], "recordings", arguments={"num_inference_steps": 2})
+        >>> recordings = record(pipeline, [{"num_inference_steps": 3}], "recordings", steps_per_call=2)
+        >>> call = recordings[0]
+        >>> call.replay(pipeline.unet)[0].equal(call.answer[0])
+        True
     """
     if steps_per_call < 1:
         raise ValueError(f"steps_per_call is {steps_per_call}; it must be at least 1")

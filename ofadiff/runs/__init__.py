@@ -2,9 +2,11 @@
 
 from ofadiff.runs.healing import make_single_size, save_healed, start_healing
 from ofadiff.runs.joint import train_jointly
+from ofadiff.runs.recorded import start_recorded
 from ofadiff.runs.result import save
 from ofadiff.runs.run import Run, start
 from ofadiff.runs.settings import (
+    Calls,
     Captions,
     Classes,
     Compression,
@@ -21,6 +23,7 @@ from ofadiff.runs.sizes import choose_sizes, measure_latency, provenance, resume
 from ofadiff.training.bundles import TrainingResult
 
 __all__ = [
+    "Calls",
     "Captions",
     "Classes",
     "Compression",
@@ -45,5 +48,6 @@ __all__ = [
     "show_sizes",
     "start",
     "start_healing",
+    "start_recorded",
     "train_jointly",
 ]

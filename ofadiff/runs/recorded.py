@@ -163,8 +163,10 @@ def start_recorded(settings: RunSettings) -> Run:
         >>> run = start_recorded(settings)
         >>> groups = find_channel_groups(run.denoiser)
     """
-    accelerator, checkpoint = begin(settings)
     model, calls = settings.model, settings.calls
+    if not calls.given:
+        raise ValueError("give the pipeline's calls with --calls_file, or recordings of them with --recordings_dir")
+    accelerator, checkpoint = begin(settings)
     check_not_compressed(model.pretrained_model_name_or_path)
     where = model.revision, model.variant, model.cache_dir
     original = read_any_original(model.pretrained_model_name_or_path, calls.component, *where)

@@ -70,12 +70,11 @@ def score(run: Run, groups: Sequence[ChannelGroup]) -> dict[str, torch.Tensor]:
             )
     if alone or accelerator.num_processes == 1:
         return scores
-    power = 2 if by_output else 1  # a root of a mean is no mean
-    sums = {name: each**power * samples for name, each in scores.items()}
+    sums = {name: each * samples for name, each in scores.items()}
     counts = torch.tensor(float(samples), device=accelerator.device)
     sums = accelerator.reduce(send_to_device(sums, accelerator.device), "sum")
     total = accelerator.reduce(counts, "sum")
-    return {name: (summed / total).cpu() ** (1 / power) for name, summed in sums.items()}
+    return {name: (summed / total).cpu() for name, summed in sums.items()}
 
 
 def measure_latency(run: Run, groups: Sequence[ChannelGroup]) -> LatencyCosts | None:

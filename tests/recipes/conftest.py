@@ -18,6 +18,7 @@ FUNCTIONS = {
     "compress_ddpm.py": "compress",
     "compress_dit.py": "compress",
     "compress_sd.py": "compress",
+    "compress_any.py": "compress",
     "finetune_size.py": "heal",
     "extract.py": "extract",
     "evaluate.py": "evaluate_checkpoint",
