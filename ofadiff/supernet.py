@@ -23,7 +23,7 @@ from ofadiff.extraction.extracted_model import ExtractedModel
 from ofadiff.extraction.subnet import extract
 from ofadiff.layers import ELASTIC, is_adaptable, make_elastic
 from ofadiff.sizes import SizeTable, Subnet
-from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
+from ofadiff.storage.ofa_config import load_model, read_ofa_config
 from ofadiff.storage.structure import check_fingerprints, check_structure
 from ofadiff.supernet_model import SupernetModel, supernet_class, unwrapped
 from ofadiff.supernet_state import SupernetState
@@ -306,25 +306,28 @@ class Supernet:
         self._state.write_metadata(Path(directory))
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> Supernet:
+    def from_pretrained(
+        cls, directory: str | Path, model: ModelMixin | type[ModelMixin] | None = None, **kwargs: Any
+    ) -> Supernet:
         """Loads what `save_pretrained` wrote.
 
         Args:
             directory: Folder of the denoiser: `config.json`, weights, `ofa_config.json`, `ofa_basis.safetensors`, and
                 `ofa_adapters/` if sizes have adapters.
+            model: Class of the denoiser, or one that was built of it and gets the weights, where it is neither
+                diffusers' nor in `ofadiff.storage.model_classes.MODEL_CLASSES`.
             **kwargs: As in the denoiser's own `from_pretrained`, such as `torch_dtype` or `variant`.
 
         Raises:
-            ValueError: If the folder is no OFA checkpoint, was made for other channel groups, or an argument cannot
-                work.
+            ValueError: If the folder is no OFA checkpoint, was made for other channel groups, `model` is of another
+                class, or an argument cannot work.
         """
         for name in ("device_map", "quantization_config", "output_loading_info", "subfolder"):
             if kwargs.get(name):
                 raise ValueError(f"{name} is not supported for a supernet; load one size with OFAPipeline instead")
         directory = Path(directory)
         values = read_ofa_config(directory)
-        stock = denoiser_class(directory)
-        model = stock.from_pretrained(directory, **kwargs)
+        model = load_model(directory, model, kwargs)
         saved = {group["name"] for group in values["groups"]}
         groups = [group for group in find_channel_groups(model) if group.name in saved]
         check_fingerprints(groups, values["groups"], directory)

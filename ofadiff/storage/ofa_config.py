@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
+from safetensors import safe_open
 
 from ofadiff.sizes import CONFIG_NAME
+from ofadiff.storage.files import weight_files
 from ofadiff.storage.model_classes import model_class
 
 FORMAT_VERSION = 1
@@ -53,3 +55,36 @@ def denoiser_class(directory: str | Path) -> type[ModelMixin]:
             "MODEL_CLASSES of ofadiff.storage.model_classes"
         )
     return stock
+
+
+def load_model(directory: str | Path, model: ModelMixin | type[ModelMixin] | None, kwargs: dict[str, Any]) -> Any:
+    """The denoiser of a folder at full size, as plain diffusers loads it.
+
+    Args:
+        directory: The folder.
+        model: Its class, or one of that class that gets the weights; by default the class that `config.json` names.
+        kwargs: As in the denoiser's own `from_pretrained`; of a model that is there already, `variant` alone.
+
+    Raises:
+        ValueError: If the class is another one than the folder's, weights do not fit, or an argument cannot work.
+    """
+    if model is None:
+        return denoiser_class(directory).from_pretrained(directory, **kwargs)
+    named = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    given = model if isinstance(model, type) else type(model)
+    if given.__name__ != named:
+        raise ValueError(f"model is of class {given.__name__}; {directory} holds a {named}")
+    if isinstance(model, type):
+        return model.from_pretrained(directory, **kwargs)
+    others = sorted(kwargs.keys() - {"variant"})
+    if others:
+        raise ValueError(f"{others[0]} is for a model that is loaded; the one that is given stays as it was built")
+    weights = {}
+    for file, keys in weight_files(Path(directory), kwargs.get("variant")).items():
+        with safe_open(file, framework="pt") as opened:
+            weights |= {key: opened.get_tensor(key) for key in keys}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {directory} do not fit the model: {error}") from error
+    return model.eval()
