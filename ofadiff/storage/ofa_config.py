@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from safetensors import safe_open
 
@@ -71,15 +72,16 @@ def load_model(directory: str | Path, model: ModelMixin | type[ModelMixin] | Non
     if model is None:
         return denoiser_class(directory).from_pretrained(directory, **kwargs)
     named = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    given = model if isinstance(model, type) else type(model)
+    given: Any = model if isinstance(model, type) else type(model)
     if given.__name__ != named:
         raise ValueError(f"model is of class {given.__name__}; {directory} holds a {named}")
-    if isinstance(model, type):
-        return model.from_pretrained(directory, **kwargs)
+    if given is model:
+        return given.from_pretrained(directory, **kwargs)
     others = sorted(kwargs.keys() - {"variant"})
     if others:
         raise ValueError(f"{others[0]} is for a model that is loaded; the one that is given stays as it was built")
-    weights = {}
+    assert isinstance(model, ModelMixin)
+    weights: dict[str, torch.Tensor] = {}
     for file, keys in weight_files(Path(directory), kwargs.get("variant")).items():
         with safe_open(file, framework="pt") as opened:
             weights |= {key: opened.get_tensor(key) for key in keys}
