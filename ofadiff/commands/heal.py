@@ -5,6 +5,7 @@ from __future__ import annotations
 from ofadiff.runs.healing import make_single_size, save_healed, start_healing
 from ofadiff.runs.joint import train_jointly
 from ofadiff.runs.settings import (
+    Calls,
     Captions,
     Classes,
     Data,
@@ -27,6 +28,7 @@ def heal(
     output: Output,
     captions: Captions = Captions(),
     classes: Classes = Classes(),
+    calls: Calls = Calls(),
     losses: Losses = Losses(),
     optimization: Optimization = Optimization(),
     watching: Watching = Watching(),
@@ -36,6 +38,8 @@ def heal(
     With `--lora_rank` a LoRA for the size is put beside weights that stay what they are: setting that size activates
     it, extracting that size merges it, no other size sees it. Without it `--output_dir` becomes a plain pipeline folder
     of the subnet, trained further. The checkpoint at full size teaches.
+
+    Without any data it is trained on recordings of the pipeline's own calls, given with `--calls_file`.
 
     Raises:
         ValueError: If something the user gave cannot work; before any training.
@@ -47,6 +51,7 @@ def heal(
         output=output,
         captions=captions,
         classes=classes,
+        calls=calls,
         losses=losses,
         optimization=optimization,
         watching=watching,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ofadiff.denoisers.table import DENOISERS, kind_of_model
 from ofadiff.denoisers.zeros import NoInputsError, Zeros
 from ofadiff.recordings.folder import Recordings
-from ofadiff.recordings.nested import map_tensors
-from ofadiff.recordings.recorded_call import RecordedCall, RecordedKeywords
+from ofadiff.recordings.recorded_call import RecordedCall, RecordedKeywords, in_dtype
 
 # What stands for one forward: keyword arguments, or what was recorded of the model.
 Inputs = Mapping[str, Any] | RecordedCall | Recordings
@@ -49,17 +48,8 @@ def recorded_inputs(model: nn.Module, recordings: Recordings | RecordedCall) -> 
     """Keyword arguments of a recorded call, the first one of several, on a model's device, in its dtype."""
     call = recordings[0] if isinstance(recordings, Recordings) else recordings
     parameter = next(model.parameters())
-
-    def like_the_model(tensor: Tensor) -> Tensor:
-        return tensor.to(parameter.device, parameter.dtype if tensor.dtype == call.dtype else tensor.dtype)
-
-    arguments = {
-        name: value.to(parameter.device)
-        if name == call.time and isinstance(value, Tensor)
-        else map_tensors(like_the_model, value)
-        for name, value in call.arguments.items()
-    }
-    return RecordedKeywords(arguments, call.rows)
+    arguments = call.to(parameter.device).arguments
+    return RecordedKeywords(in_dtype(arguments, parameter.dtype, call.time, call.dtype), call.rows)
 
 
 def forward_inputs(model: nn.Module, inputs: Inputs | None = None) -> dict[str, Any]:

@@ -32,6 +32,8 @@ from ofadiff.recordings.folder import (
 )
 from ofadiff.recordings.nested import Tensors, to_spec
 from ofadiff.recordings.recorded_call import answer_of, parameters_of, time_argument
+from ofadiff.supernet import Supernet
+from ofadiff.supernet_model import SupernetModel, unwrapped
 
 # A call of the denoiser: its step, its arguments and its answer as specs, and their tensors.
 _Kept = tuple[int, Any, Any, Any, Tensors]
@@ -90,6 +92,7 @@ def record(
     checked = check_calls(type(pipeline), calls, arguments, image_dir)
     name = find_component(pipeline.components, component, type(pipeline).__name__)
     denoiser: Any = pipeline.components[name]
+    check_largest(pipeline, name, checked)
     folder = Path(output_dir)
     description = {
         "pipeline": type(pipeline).__name__,
@@ -114,6 +117,20 @@ def record(
             stacklevel=2,
         )
     return recordings
+
+
+def check_largest(pipeline: Any, component: str, calls: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError if a denoiser with sizes would be recorded at a smaller one than its largest."""
+    denoiser = unwrapped(pipeline.components[component])
+    if not isinstance(denoiser, SupernetModel) or denoiser.ofa_state is None:
+        return
+    supernet = Supernet.of(denoiser)
+    for size in {supernet.size, *(call["size"] for call in calls if call.get("size") is not None)}:
+        if supernet.subnets.find(size).size != supernet.sizes[-1]:
+            raise ValueError(
+                f"the {component} would be recorded at size {size}; other sizes learn from its largest: leave out "
+                "size, and set_size('largest')"
+            )
 
 
 def prepare_folder(folder: Path, description: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ofadiff.recordings.recorded_call import RecordedCall, answer_of, answer_rows
+from ofadiff.recordings.recorded_call import RecordedCall, answer_of, answer_rows, in_dtype
 
 # How far the answers of a joined forward may be from those of single ones, relative to the largest, by the dtype's own
 # precision: other batches are computed in another order.
@@ -58,9 +58,14 @@ def can_be_joined(model: nn.Module, calls: Sequence[RecordedCall]) -> bool:
     parts = join(several)
     if len(several) < 2 or len(parts) > 1:
         return False
-    single = torch.cat([answer_rows(answer_of(model(**call.arguments))).flatten(1) for call in several])
+    dtype = next(model.parameters()).dtype
+
+    def answers_to(call: RecordedCall) -> Tensor:
+        return answer_rows(answer_of(model(**in_dtype(call.arguments, dtype, call.time, call.dtype)))).flatten(1)
+
+    single = torch.cat([answers_to(call) for call in several])
     try:
-        together = answer_rows(answer_of(model(**parts[0].arguments))).flatten(1)
+        together = answers_to(parts[0])
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False
     tolerance = TOLERANCE * torch.finfo(single.dtype).eps

@@ -80,6 +80,25 @@ class RecordedKeywords(dict[str, Any]):
         self.rows = rows
 
 
+def in_dtype(
+    arguments: Mapping[str, Any], dtype: torch.dtype, time: str | None, own: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Arguments as a denoiser of another precision is called with them.
+
+    Args:
+        arguments: By name.
+        dtype: What floating-point tensors shall be in.
+        time: Name of the argument that is the time; it stays what it is, for the denoiser to embed: bfloat16 knows two
+            of 998, 999 and 1000 at most.
+        own: Precision that they were recorded in: only tensors in it change; by default all do.
+    """
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and own in (None, tensor.dtype) else tensor
+
+    return {name: value if name == time else map_tensors(cast, value) for name, value in arguments.items()}
+
+
 def time_argument(parameters: tuple[str, ...]) -> str | None:
     """Which of a forward's parameters is the time; None if there is none that is known."""
     return next((name for name in TIMES if name in parameters), None)

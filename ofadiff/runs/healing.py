@@ -14,10 +14,11 @@ from ofadiff.adapters.lora_training import add_lora
 from ofadiff.adapters.size_adapter import SizeAdapter, adapter_folder, load_size_adapter, save_size_adapter
 from ofadiff.basis import load_basis
 from ofadiff.denoisers.kind import CAPTIONS
-from ofadiff.denoisers.original import cannot_load, read_original
+from ofadiff.denoisers.original import Original, cannot_load, read_any_original, read_original
 from ofadiff.dtypes import PRECISIONS
 from ofadiff.extraction.subnet import extract
 from ofadiff.runs.checks import begin, check_same_flags
+from ofadiff.runs.recorded import build_recorded, checked_calls
 from ofadiff.runs.result import upload
 from ofadiff.runs.run import Run, build, with_defaults_of
 from ofadiff.runs.settings import OneSize, RunSettings
@@ -58,10 +59,10 @@ def start_healing(settings: RunSettings) -> Run:
     component = find_denoiser(folder)
     one = dataclasses.replace(one, size=SizeTable.from_dict(read_ofa_config(folder / component)).find(one.size).size)
     model = dataclasses.replace(model, pretrained_model_name_or_path=str(folder))
-    settings = dataclasses.replace(settings, model=model, one_size=one)
+    settings = with_recordings_dir(dataclasses.replace(settings, model=model, one_size=one))
     check_output(settings, component)
     check_teacher(settings, component)
-    original = read_original(str(folder), None, model.revision, model.variant, model.cache_dir)
+    original = read_checkpoint(settings, component)
     if settings.data.resolution is None and original.kind.condition == CAPTIONS:
         data = dataclasses.replace(settings.data, resolution=original.own_resolution)
         settings = dataclasses.replace(settings, data=data)
@@ -77,11 +78,48 @@ def start_healing(settings: RunSettings) -> Run:
             f"accelerate is configured for {accelerator.distributed_type.value}; one size is trained whole on every "
             "device: choose plain multi-GPU in `accelerate config`"
         )
+    if settings.calls.given:
+        teacher = original_teacher(one, component, model.cache_dir)
+        if settings.calls.calls_file is not None:
+            checked_calls(original if teacher is None else teacher, settings.calls)
+        return build_recorded(run_settings, accelerator, original, checkpoint, teacher)
     run = build(run_settings, accelerator, original, checkpoint)
     if one.teacher_model_name_or_path is None:
         return run
     stock = denoiser_class(folder / component)
     return dataclasses.replace(run, teacher=load_teacher(settings, stock, component, accelerator))
+
+
+def read_checkpoint(settings: RunSettings, component: str) -> Original:
+    """The checkpoint as the pretrained pipeline that it is at full size.
+
+    Raises:
+        ValueError: If it cannot be trained on what is given.
+    """
+    model, calls = settings.model, settings.calls
+    where = model.revision, model.variant, model.cache_dir
+    if not calls.given:
+        return read_original(model.pretrained_model_name_or_path, None, *where)
+    if calls.component not in (None, component):
+        raise ValueError(f"--component {calls.component} has no sizes; the checkpoint's {component} has")
+    return read_any_original(model.pretrained_model_name_or_path, component, *where)
+
+
+def original_teacher(one: OneSize, component: str, cache_dir: str | None) -> Original | None:
+    """The pipeline that is recorded if the checkpoint is not; None if it is."""
+    name = one.teacher_model_name_or_path
+    return None if name is None else read_any_original(name, component, cache_dir=cache_dir)
+
+
+def with_recordings_dir(settings: RunSettings) -> RunSettings:
+    """Settings that say where recordings are: where the compression has put the original's, if that teaches."""
+    one, calls, out = settings.one_size, settings.calls, settings.output.output_dir.rstrip("/")
+    assert one is not None
+    if calls.calls_file is None or calls.recordings_dir is not None:
+        return settings
+    if one.teacher_model_name_or_path is None:
+        out = f"{out}-full-size"
+    return dataclasses.replace(settings, calls=dataclasses.replace(calls, recordings_dir=f"{out}-recordings"))
 
 
 def settings_of_training(settings: RunSettings) -> RunSettings:

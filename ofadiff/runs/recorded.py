@@ -171,43 +171,58 @@ def start_recorded(settings: RunSettings) -> Run:
     where = model.revision, model.variant, model.cache_dir
     original = read_any_original(model.pretrained_model_name_or_path, calls.component, *where)
     settings = with_defaults_of(settings, original)
+    if settings.compression.criterion == "taylor":
+        raise ValueError(
+            "--criterion taylor ranks by the loss, which is zero against the original's own answers; choose sensitivity"
+        )
     check_run(settings, accelerator, original, checkpoint)
     if calls.calls_file is not None:
         checked_calls(original, calls)
     return build_recorded(settings, accelerator, original, checkpoint)
 
 
-def build_recorded(settings: RunSettings, accelerator: Accelerator, original: Original, checkpoint: Path | None) -> Run:
+def build_recorded(
+    settings: RunSettings,
+    accelerator: Accelerator,
+    original: Original,
+    checkpoint: Path | None,
+    teacher: Original | None = None,
+) -> Run:
     """Records, and loads what training needs: the denoiser, and the teacher where its block outputs are asked for.
+
+    Args:
+        settings: What is asked for.
+        accelerator: Devices and precision.
+        original: The pipeline whose denoiser is trained.
+        checkpoint: To resume from, or None.
+        teacher: The pipeline that is recorded, if it is another one.
 
     Raises:
         ValueError: If something the user gave cannot work.
     """
-    if settings.compression.criterion == "taylor":
-        raise ValueError(
-            "--criterion taylor ranks by the loss, which is zero against the original's own answers; choose sensitivity"
-        )
     seed, fraction = settings.optimization.seed, settings.data.validation_fraction
     precision = PRECISIONS[accelerator.mixed_precision]
     folder = recordings_folder(settings)
-    recordings = make_recordings(original, settings.calls, folder, precision, seed, accelerator.device)
+    recorded = original if teacher is None else teacher
+    recordings = make_recordings(recorded, settings.calls, folder, precision, seed, accelerator.device)
     accelerator.print(
-        f"{len(recordings)} recorded calls of the {original.component}, of {len(recordings.pipeline_calls)} calls of "
+        f"{len(recordings)} recorded calls of the {recorded.component}, of {len(recordings.pipeline_calls)} calls of "
         f"the pipeline, {recordings.bytes / 1e6:.1f} MB in {recordings.folder}"
     )
     denoiser = load_denoiser(original)
-    (pipeline,) = original.kind.components
-    check_same_model(recordings, pipeline, original.component, denoiser)
+    taught_by = denoiser if teacher is None else load_denoiser(teacher)
+    (pipeline,) = recorded.kind.components
+    check_same_model(recordings, pipeline, recorded.component, taught_by)
     denoiser.to(accelerator.device).eval()
-    if settings.compression.budget == "macs":
+    if settings.compression.budget == "macs" and settings.one_size is None:
         check_sizes(settings.compression, denoiser, inputs=recordings)
     joined = can_be_joined(denoiser, [call.to(accelerator.device) for call in recordings[:TRIED]])
     assert fraction is not None
     data = recorded_data(recordings, fraction, seed, joined)
-    teacher = None
+    frozen = None
     if settings.losses.feature_distill_weight:
-        teacher = copy_in(denoiser, recordings.dtype).requires_grad_(False)
+        frozen = copy_in(taught_by.to(accelerator.device), recordings.dtype).requires_grad_(False)
     if original.kind.begin_training is not None:
         original.kind.begin_training(denoiser)
     prepare = functools.partial(prepare_recorded, channels=answered_channels(denoiser.config))
-    return Run(settings, accelerator, original, denoiser, data, prepare, teacher, checkpoint, recordings=recordings)
+    return Run(settings, accelerator, original, denoiser, data, prepare, frozen, checkpoint, recordings=recordings)

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData, create_repo, upload_folder
 from ofadiff.runs.data import trained_on
 from ofadiff.runs.run import Run
 from ofadiff.runs.settings import RunSettings
-from ofadiff.runs.tables import costs, loss_table, missed_mark
+from ofadiff.runs.tables import costs, in_words, loss_table, missed_mark
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.around import save_around
 from ofadiff.supernet import Supernet
@@ -59,11 +59,11 @@ def model_card(settings: RunSettings, subnets: SizeTable, result: TrainingResult
     header = ["size", "parameters", "MACs of one step"]
     rows = {size: [f"{size:g}{missed_mark(subnets, size)}", *cost] for size, cost in costs(subnets).items()}
     if result.history:
-        original = "" if result.teacher_loss is None else f" (original: {result.teacher_loss:.4f})"
+        original = "" if result.teacher_loss is None else f" (original: {in_words(result.teacher_loss)})"
         header.append(f"validation loss{original}")
         last = result.history[max(result.history)]
         for size, row in rows.items():
-            row.append(f"{last[size]:.4f}")
+            row.append(in_words(last[size]))
     table = "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows.values()))
     table += f"\n\n{subnets.note}" if subnets.missed else ""
     return f"""---

@@ -54,13 +54,18 @@ def readable(number: int) -> str:
     return f"{number / 1e6:.2f} M" if number < 1e9 else f"{number / 1e9:.2f} G"
 
 
+def in_words(loss: float) -> str:
+    """A loss with four decimals; a small one, as against recorded answers, with three digits."""
+    return f"{loss:.4f}" if loss >= 0.01 else f"{loss:.2e}"
+
+
 def loss_table(result: TrainingResult) -> str:
     """The validation losses before and after training."""
     if not result.history:
         return "No validation images (--validation_fraction 0), so no validation losses"
     first, last = result.history[min(result.history)], result.history[max(result.history)]
     rows = [f"{'size':>7}  {'before':>8}  {'after':>8}   validation loss, {result.steps} steps"]
-    rows += [f"{size:>7g}  {first[size]:>8.4f}  {last[size]:>8.4f}" for size in last]
+    rows += [f"{size:>7g}  {in_words(first[size]):>8}  {in_words(last[size]):>8}" for size in last]
     if result.teacher_loss is not None:
-        rows.append(f"teacher  {result.teacher_loss:>8.4f}")
+        rows.append(f"teacher  {in_words(result.teacher_loss):>8}")
     return "\n".join(rows)

@@ -57,18 +57,25 @@ def _blocks(model: nn.Module, stages: Sequence[str]) -> Iterator[tuple[str, nn.M
             yield stage, module
 
 
-def feature_loss(student: Features, teacher: Features) -> Tensor:
+def feature_loss(student: Features, teacher: Features, rows: int) -> Tensor:
     """Squared distance of block outputs over the teacher's squared length, averaged over their tensors: `(N,)`.
 
     Normalised per tensor and sample, so none counts more because its activations are large, and a sample's loss does
     not depend on the rest of its batch. The residual stream has full width in every subnet: no adapters are needed.
+
+    Args:
+        student: What its blocks put out.
+        teacher: What the same blocks of the teacher put out.
+        rows: N; a block that works on something else than samples, such as frames or pixels of a video, counts with
+            its mean, the same for all samples.
     """
     losses = []
     for block, targets in teacher.items():
         for output, target in zip(student[block], targets, strict=True):
             distance = mean_squared_error(output, target)
             length = target.float().square().flatten(1).mean(dim=1)
-            losses.append(distance / length.clamp_min(torch.finfo(torch.float32).tiny))
+            loss = distance / length.clamp_min(torch.finfo(torch.float32).tiny)
+            losses.append(loss if len(loss) == rows else loss.mean().expand(rows))
     return torch.stack(losses).mean(dim=0)
 
 
@@ -95,5 +102,5 @@ def distillation_loss(
         teacher_prediction = predict(teacher, inputs)
     loss = weight * inputs.weight * mean_squared_error(prediction, teacher_prediction)
     if features:
-        loss = loss + feature_weight * feature_loss(features, teacher_features)
+        loss = loss + feature_weight * feature_loss(features, teacher_features, len(prediction))
     return loss

@@ -12,24 +12,12 @@ from torch import Tensor, nn
 
 from ofadiff.denoisers.prepare import DenoiserInputs, Prepare, parts_of
 from ofadiff.noise.draws import Batch
-from ofadiff.recordings.nested import map_tensors
-from ofadiff.recordings.recorded_call import answer_of, answer_rows
+from ofadiff.recordings.recorded_call import answer_of, answer_rows, in_dtype
 
 
 def predict(model: nn.Module, inputs: DenoiserInputs) -> Tensor:
-    """The denoiser's prediction, `(N, C, H, W)`, in the precision of its weights; flat, `(N, …)`, of several outputs.
-
-    Timesteps stay what they are, for the denoiser to embed: bfloat16 knows two of 998, 999 and 1000 at most.
-    """
-    dtype = next(model.parameters()).dtype
-
-    def cast(tensor: Tensor) -> Tensor:
-        follows = tensor.is_floating_point() and inputs.dtype in (None, tensor.dtype)
-        return tensor.to(dtype) if follows else tensor
-
-    arguments = {
-        name: value if name == inputs.time else map_tensors(cast, value) for name, value in inputs.arguments.items()
-    }
+    """The denoiser's prediction, `(N, C, H, W)`, in the precision of its weights; of several outputs flat, `(N, …)`."""
+    arguments = in_dtype(inputs.arguments, next(model.parameters()).dtype, inputs.time, inputs.dtype)
     return answer_rows(answer_of(model(**arguments, **inputs.options)))
 
 

@@ -47,7 +47,15 @@ def test_features_count_alike_whatever_their_scale():
     teacher = {"a": (torch.randn(2, 4, 3, 3, generator=generator), torch.randn(2, 8, generator=generator))}
     student = {"a": tuple(value + 0.1 * value.roll(1, 0) for value in teacher["a"])}
     scaled = [{"a": (1e3 * side["a"][0], 1e-3 * side["a"][1])} for side in (student, teacher)]
-    torch.testing.assert_close(feature_loss(*scaled), feature_loss(student, teacher))
+    torch.testing.assert_close(feature_loss(*scaled, 2), feature_loss(student, teacher, 2))
+
+
+def test_blocks_of_frames_count_with_their_mean():
+    generator = torch.Generator().manual_seed(0)
+    samples, frames = torch.randn(2, 8, generator=generator), torch.randn(6, 4, generator=generator)
+    student = {"a": (samples * 1.1,), "b": (frames * 1.2,)}
+    loss = feature_loss(student, {"a": (samples,), "b": (frames,)}, 2)
+    torch.testing.assert_close(loss, torch.full((2,), (0.1**2 + 0.2**2) / 2))
 
 
 def test_gradients_reach_the_student_and_not_the_teacher(supernet, teacher, inputs):
