@@ -129,7 +129,9 @@ def run_all(folder: Path, study: Study) -> None:
                 seed=study.seed,
             )
             compression = runs.Compression(sizes=SIZES, importance_samples=1024 if name == "images" else 1024 // LABELS)
-            watching = runs.Watching(validation_samples=64, checkpointing_steps=10**6, num_validation_images=0)
+            # Recordings draw none by themselves.
+            drawn = 0 if name == "images" else None
+            watching = runs.Watching(validation_samples=64, checkpointing_steps=10**6, num_validation_images=drawn)
             bundles = {"compression": compression, "optimization": optimization, "watching": watching}
             output = runs.Output(output_dir=str(out), overwrite_output_dir=True)
             if name == "images":

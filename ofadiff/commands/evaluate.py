@@ -27,7 +27,7 @@ from ofadiff.evaluation.preparation import missing_reference, read_statistics
 from ofadiff.evaluation.saved_images import PROTOCOL_NAME
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import read_ofa_config
-from ofadiff.storage.pipeline_folder import find_denoiser
+from ofadiff.storage.pipeline_folder import find_denoisers
 from ofadiff.values import COUNT, WHOLE, Bundle, one_of
 
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {
@@ -223,7 +223,7 @@ def check(
 ) -> None:
     """Raises ValueError, before any model is loaded, if something the user gave cannot work."""
     if measured.sizes is not None:
-        subnets = SizeTable.from_dict(read_ofa_config(Path(checkpoint) / find_denoiser(checkpoint)))
+        subnets = SizeTable.from_dict(read_ofa_config(Path(checkpoint) / find_denoisers(checkpoint)[0]))
         for size in measured.sizes:
             subnets.find(size)
     missing = check_reference(reference, files)

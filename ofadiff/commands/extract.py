@@ -14,7 +14,7 @@ from ofadiff.pipelines import OFAPipeline
 from ofadiff.profiling.cost import count_parameters
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import read_ofa_config
-from ofadiff.storage.pipeline_folder import find_denoiser
+from ofadiff.storage.pipeline_folder import find_denoisers
 from ofadiff.values import SIZES, Bundle, SizeOrName, one_of
 
 
@@ -47,7 +47,7 @@ def extract(*, extraction: Extraction) -> list[Path]:
         ValueError: If the checkpoint is none, has no such size, or a folder exists already; before anything is written.
     """
     checkpoint, dtype = Path(extraction.checkpoint), DTYPES[extraction.dtype]
-    denoiser = find_denoiser(checkpoint)
+    denoiser, *others = find_denoisers(checkpoint)
     subnets = SizeTable.from_dict(read_ofa_config(checkpoint / denoiser))
     sizes = [subnets.find(size).size for size in extraction.sizes]
     folders = {size: Path(extraction.output_dir) / f"size-{size:g}" for size in sizes}
@@ -56,8 +56,9 @@ def extract(*, extraction: Extraction) -> list[Path]:
             raise ValueError(f"{folder} exists already; choose another --output_dir or remove it")
     for size, folder in folders.items():
         pipeline = OFAPipeline.from_pretrained(checkpoint, size=size, variant=extraction.variant)
-        if pipeline.components[denoiser].dtype != dtype:
-            pipeline.components[denoiser].to(dtype)
+        for each in (denoiser, *others):
+            if pipeline.components[each].dtype != dtype:
+                pipeline.components[each].to(dtype)
         pipeline.extract(size).save_pretrained(folder, variant=extraction.save_variant)
         params = count_parameters(pipeline.components[denoiser])
         healed = ", its adapter merged" if adapter_folder(checkpoint / denoiser, size).is_dir() else ""

@@ -203,10 +203,12 @@ def check_pipeline_folder(name: str, kinds: Sequence[DenoiserKind]) -> None:
         raise ValueError(f"{name} is not the folder of {pipelines_in_words(kinds)}; {found}")
 
 
-def check_not_compressed(name: str) -> None:
-    """Raises ValueError for the folder of an OFA checkpoint."""
-    if any(Path(name).glob(f"*/{CONFIG_NAME}")):
-        raise ValueError(f"{name} is compressed already; expected the original model")
+def check_not_compressed(name: str, component: str | None = None) -> None:
+    """Raises ValueError for the folder of an OFA checkpoint, unless another component of it is meant."""
+    compressed = [file.parent.name for file in sorted(Path(name).glob(f"*/{CONFIG_NAME}"))]
+    if compressed and (component is None or component in compressed):
+        of_several = f": its {' and '.join(compressed)}" if component is not None else ""
+        raise ValueError(f"{name} is compressed already{of_several}; expected the original model")
 
 
 def absent_components(index: Mapping[str, Any]) -> dict[str, None]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import json
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
 from ofadiff.pipelines.one_size import OneSizePipeline, one_size_pipeline_class
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
-from ofadiff.storage.pipeline_folder import find_denoiser, local_folder
+from ofadiff.storage.pipeline_folder import find_denoisers, local_folder
 from ofadiff.supernet import Supernet
 from ofadiff.supernet_model import SupernetModel, unwrapped
 
@@ -44,7 +46,8 @@ class OFAPipeline:
     """A diffusers pipeline around a supernet: the checkpoint's own pipeline class, `size=` added to its call.
 
     `OFAPipeline.from_pretrained` makes it, `OFAPipeline.from_pipe` one for another task. Everything else is as in that
-    class: schedulers, callbacks, devices, other components.
+    class: schedulers, callbacks, devices, other components. Of a pipeline with several supernets, such as both
+    transformers of Wan 2.2, the sizes move together.
 
     Example:
         >>> pipeline = OFAPipeline.from_pretrained("ofa")
@@ -53,9 +56,9 @@ class OFAPipeline:
         >>> images = pipeline(size=0.5, num_inference_steps=2).images
     """
 
-    _denoiser_name: str
+    _denoiser_names: tuple[str, ...]
     _stock_class: type[DiffusionPipeline]
-    _only_subnet: SizeTable | None = None  # of a pipeline that was loaded with one size alone
+    _only_subnets: Mapping[str, SizeTable] | None = None  # of a pipeline that was loaded with one size alone
 
     @classmethod
     def from_pretrained(
@@ -85,32 +88,34 @@ class OFAPipeline:
                     f"{argument} is not supported for an OFA checkpoint; extract a size and load that with it"
                 )
         directory = local_folder(pretrained_model_name_or_path, kwargs)
-        name = find_denoiser(directory)
-        _check_denoiser_not_passed(name, kwargs)
-        subnets = SizeTable.from_dict(read_ofa_config(directory / name))
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-        if isinstance(dtype, dict):
-            dtype = dtype.get(name, dtype.get("default", torch.float32))
-        # As in diffusers, a component without files of the variant is loaded without it.
-        variant = kwargs.get("variant")
-        variant = variant if any((directory / name).glob(f"*.{variant}*.safetensors")) else None
-        if size is None:
-            denoiser = Supernet.from_pretrained(directory / name, torch_dtype=dtype, variant=variant).model
-        else:
-            subnet = subnets.find(size)
-            stock = denoiser_class(directory / name)
-            denoiser = load_extracted(directory / name, stock, subnet, torch_dtype=dtype, variant=variant)
+        names = find_denoisers(directory)
+        _check_denoisers_not_passed(names, kwargs)
+        tables = {name: SizeTable.from_dict(read_ofa_config(directory / name)) for name in names}
+        dtypes: Any = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        denoisers = {}
+        for name, subnets in tables.items():
+            own = dtypes.get(name, dtypes.get("default", torch.float32)) if isinstance(dtypes, dict) else dtypes
+            # As in diffusers, a component without files of the variant is loaded without it.
+            variant = kwargs.get("variant")
+            variant = variant if any((directory / name).glob(f"*.{variant}*.safetensors")) else None
+            options = {"torch_dtype": own, "variant": variant}
+            if size is None:
+                denoisers[name] = Supernet.from_pretrained(directory / name, **options).model
+            else:
+                stock = denoiser_class(directory / name)
+                denoisers[name] = load_extracted(directory / name, stock, subnets.find(size), **options)
         # With the denoiser given, diffusers loads everything but that. A custom pipeline may be of any class, so sizes
         # are mixed in afterwards.
         custom = kwargs.get("custom_pipeline") is not None
-        loader = DiffusionPipeline if custom else stock_pipeline_class(directory, denoiser)
-        pipeline = loader.from_pretrained(directory, **{name: denoiser}, **kwargs)
-        if dtype is None:
+        loader = DiffusionPipeline if custom else stock_pipeline_class(directory, denoisers[names[0]])
+        pipeline = loader.from_pretrained(directory, **denoisers, **kwargs)
+        if dtypes is None:
             # diffusers loads its own models in float32 then, transformers its own in the dtype that they are stored in.
             for component, part in pipeline.components.items():
-                if isinstance(part, torch.nn.Module) and component not in (name, *kwargs):
+                if isinstance(part, torch.nn.Module) and component not in (*names, *kwargs):
                     torch.nn.Module.float(part)
-        return _mix_in_sizes(pipeline, name, None if size is None else subnets.only(size))
+        only = None if size is None else {name: subnets.only(size) for name, subnets in tables.items()}
+        return _mix_in_sizes(pipeline, names, only)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, pipeline_class: type[DiffusionPipeline], **kwargs: Any) -> Any:
@@ -144,7 +149,7 @@ class OFAPipeline:
                 f"this {type(pipeline).__name__} has no sizes; pass what OFAPipeline.from_pretrained returned, "
                 "and the class to make"
             )
-        _check_denoiser_not_passed(pipeline._denoiser_name, kwargs)
+        _check_denoisers_not_passed(pipeline._denoiser_names, kwargs)
         dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
         if pipeline_class in AUTO_PIPELINES:
             made = pipeline_class.from_pipe(pipeline, **kwargs)
@@ -156,7 +161,8 @@ class OFAPipeline:
                     "StableDiffusionImg2ImgPipeline"
                 )
             made = pipeline._rebuild(pipeline_class, **kwargs)
-        _mix_in_sizes(made, pipeline._denoiser_name, pipeline._only_subnet)
+        names = tuple(name for name in pipeline._denoiser_names if name in made.components)
+        _mix_in_sizes(made, names, pipeline._only_subnets)
         return made.to(dtype=dtypes[0] or dtypes[1])
 
     def __call__(self, *args: Any, size: float | str | None = None, **kwargs: Any) -> Any:
@@ -167,12 +173,16 @@ class OFAPipeline:
         Raises:
             ValueError: If there is no such size.
         """
-        supernet = self.supernet
-        if supernet is None:
+        supernets = self.supernets
+        if not supernets:
             if size is not None:
                 self.set_size(size)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with supernet.used_at(size), cut_once() if self._weights_stay(args, kwargs) else nullcontext():
+        with ExitStack() as stack:
+            for supernet in supernets.values():
+                stack.enter_context(supernet.used_at(size))
+            if self._weights_stay(args, kwargs):
+                stack.enter_context(cut_once())
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def _weights_stay(self, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -181,45 +191,55 @@ class OFAPipeline:
         An offloaded denoiser is to leave the device between its forwards, and its parts with it; and only code of
         libraries is known not to touch weights: no callback, hook or component of the user's may run.
         """
-        denoiser = unwrapped(self._denoiser)
-        if denoiser.device != self._execution_device:  # type: ignore[attr-defined]
+        denoisers = [unwrapped(self.components[name]) for name in self._denoiser_names]  # type: ignore[attr-defined]
+        if any(denoiser.device != self._execution_device for denoiser in denoisers):  # type: ignore[attr-defined]
             return False
         code = [value for value in (*args, *kwargs.values()) if callable(value)]
         parts = [*self.components.values()]  # type: ignore[attr-defined]
-        for module in denoiser.modules():
+        for module in itertools.chain.from_iterable(denoiser.modules() for denoiser in denoisers):
             parts += [module, vars(module).get("processor")]
             code += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         code += [self._stock_class, *{type(part) for part in parts if part is not None}]
         return all(_library_of(each) in LIBRARIES for each in code)
 
     @property
+    def denoiser_names(self) -> tuple[str, ...]:
+        """What the pipeline calls the components that have sizes, mostly one."""
+        return self._denoiser_names
+
+    @property
+    def supernets(self) -> dict[str, Supernet]:
+        """The denoisers with their sizes by name; empty if the pipeline has one size alone, or they were replaced."""
+        models = {name: unwrapped(self.components[name]) for name in self._denoiser_names}  # type: ignore[attr-defined]
+        return {
+            name: Supernet.of(model)
+            for name, model in models.items()
+            if isinstance(model, SupernetModel) and model.ofa_state is not None
+        }
+
+    @property
     def supernet(self) -> Supernet | None:
-        """The denoiser with its sizes; None if the pipeline has one size alone, or its denoiser was replaced."""
-        model = unwrapped(self._denoiser)
-        return Supernet.of(model) if isinstance(model, SupernetModel) and model.ofa_state is not None else None
+        """The denoiser with its sizes, the first one of several; None where there is none, see `supernets`."""
+        return self.supernets.get(self._denoiser_names[0])
 
     @property
     def subnets(self) -> SizeTable:
-        """The sizes that can be sampled, with their widths and costs.
+        """The sizes that can be sampled, with widths and costs of the denoiser, the first one of several.
 
         Raises:
-            ValueError: If the denoiser was replaced by one without sizes.
+            ValueError: If a denoiser was replaced by one without sizes.
         """
-        supernet = self.supernet
-        if supernet is not None:
-            return supernet.subnets
-        model = unwrapped(self._denoiser)
-        only = self._only_subnet
-        if only is None or not isinstance(model, ExtractedModel) or model.config[WIDTHS_KEY] != only[0].widths:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"the pipeline's {self._denoiser_name} is another {type(model).__name__} than it was loaded with, and "
-                "that has no sizes"
-            )
-        return only
-
-    @property
-    def _denoiser(self) -> Any:
-        return self.components[self._denoiser_name]  # type: ignore[attr-defined]
+        supernets, only = self.supernets, self._only_subnets or {}
+        for name in self._denoiser_names:
+            model = unwrapped(self.components[name])  # type: ignore[attr-defined]
+            as_loaded = isinstance(model, ExtractedModel) and name in only
+            if name not in supernets and not (as_loaded and model.config[WIDTHS_KEY] == only[name][0].widths):
+                raise ValueError(
+                    f"the pipeline's {name} is another {type(model).__name__} than it was loaded with, and that has no "
+                    "sizes"
+                )
+        name = self._denoiser_names[0]
+        return supernets[name].subnets if name in supernets else only[name]
 
     @property
     def sizes(self) -> tuple[float, ...]:
@@ -240,8 +260,8 @@ class OFAPipeline:
             ValueError: If there is no such size; a pipeline that was loaded with `size=` has only that one.
         """
         subnet = self.subnets.find(size)
-        if self.supernet is not None:
-            self.supernet.set_size(subnet.size)
+        for supernet in self.supernets.values():
+            supernet.set_size(subnet.size)
 
     def extract(self, size: float | str) -> DiffusionPipeline:
         """A plain diffusers pipeline around the extracted denoiser; it shares the other components.
@@ -253,9 +273,8 @@ class OFAPipeline:
             ValueError: If there is no such size.
         """
         subnet = self.subnets.find(size)
-        supernet = self.supernet
-        denoiser = self._denoiser if supernet is None else supernet.extract(subnet.size)
-        extracted = self._rebuild(self._stock_class, **{self._denoiser_name: denoiser})
+        denoisers = {name: supernet.extract(subnet.size) for name, supernet in self.supernets.items()}
+        extracted = self._rebuild(self._stock_class, **denoisers)
         extracted.__class__ = one_size_pipeline_class(self._stock_class)  # type: ignore[arg-type]
         extracted.ofa_size = subnet.size
         return extracted
@@ -264,8 +283,8 @@ class OFAPipeline:
         """As in diffusers; the denoiser saves its sizes itself."""
         if not kwargs.get("safe_serialization", True):
             raise ValueError("safe_serialization=False: an OFA checkpoint is saved as safetensors only")
-        if self.supernet is not None:  # before any component is written
-            self.supernet.model.check_can_be_saved(Path(save_directory) / self._denoiser_name)
+        for name, supernet in self.supernets.items():  # before any component is written
+            supernet.model.check_can_be_saved(Path(save_directory) / name)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
     def load_ip_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -315,10 +334,10 @@ def ofa_pipeline_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline
     return type(stock.__name__, (OFAPipeline, stock), namespace)
 
 
-def _mix_in_sizes(pipeline: Any, denoiser_name: str, only_subnet: SizeTable | None) -> Any:
+def _mix_in_sizes(pipeline: Any, names: tuple[str, ...], only_subnets: Mapping[str, SizeTable] | None) -> Any:
     """Makes a pipeline around a supernet, or around one size, an `OFAPipeline` of its own class."""
     pipeline.__class__ = ofa_pipeline_class(type(pipeline))  # type: ignore[arg-type]
-    pipeline._denoiser_name, pipeline._only_subnet = denoiser_name, only_subnet
+    pipeline._denoiser_names, pipeline._only_subnets = names, only_subnets
     return pipeline
 
 
@@ -333,8 +352,8 @@ def _new_pipeline(stock: type[DiffusionPipeline]) -> DiffusionPipeline:
     return cls.__new__(cls)
 
 
-def _check_denoiser_not_passed(name: str, kwargs: dict[str, Any]) -> None:
-    if name in kwargs:
+def _check_denoisers_not_passed(names: Sequence[str], kwargs: dict[str, Any]) -> None:
+    for name in set(names) & kwargs.keys():
         raise ValueError(f"{name} cannot be passed: the checkpoint's own {name} is what has the sizes")
 
 

@@ -56,7 +56,7 @@ def start_healing(settings: RunSettings) -> Run:
     assert one is not None
     where = {"cache_dir": model.cache_dir, "revision": model.revision, "variant": model.variant}
     folder = local_folder(model.pretrained_model_name_or_path, where)
-    component = find_denoiser(folder)
+    component = find_denoiser(folder, settings.calls.component)
     one = dataclasses.replace(one, size=SizeTable.from_dict(read_ofa_config(folder / component)).find(one.size).size)
     model = dataclasses.replace(model, pretrained_model_name_or_path=str(folder))
     settings = with_recordings_dir(dataclasses.replace(settings, model=model, one_size=one))
@@ -100,8 +100,6 @@ def read_checkpoint(settings: RunSettings, component: str) -> Original:
     where = model.revision, model.variant, model.cache_dir
     if not calls.given:
         return read_original(model.pretrained_model_name_or_path, None, *where)
-    if calls.component not in (None, component):
-        raise ValueError(f"--component {calls.component} has no sizes; the checkpoint's {component} has")
     return read_any_original(model.pretrained_model_name_or_path, component, *where)
 
 

@@ -34,6 +34,8 @@ from ofadiff.runs.data import RunData
 from ofadiff.runs.run import Run, check_run, with_defaults_of
 from ofadiff.runs.settings import Calls, RunSettings
 from ofadiff.runs.size_checks import check_sizes
+from ofadiff.sizes import CONFIG_NAME, SizeTable
+from ofadiff.storage.ofa_config import read_ofa_config
 
 # Recorded calls that joining is tried on.
 TRIED = 8
@@ -76,7 +78,7 @@ def checked_calls(original: Original, calls: Calls) -> list[dict[str, Any]]:
 def load_whole_pipeline(original: Original, dtype: torch.dtype) -> Any:
     """The pipeline as a user would load it. Raises ValueError if it cannot be loaded."""
     without = absent_components(DiffusionPipeline.load_config(original.folder))
-    sized = bool(list(original.folder.glob(f"{original.component}/ofa_config.json")))
+    sized = any(original.folder.glob(f"*/{CONFIG_NAME}"))
     loader = OFAPipeline if sized else pipeline_class(original)
     try:
         with warnings.catch_warnings():
@@ -167,7 +169,7 @@ def start_recorded(settings: RunSettings) -> Run:
     if not calls.given:
         raise ValueError("give the pipeline's calls with --calls_file, or recordings of them with --recordings_dir")
     accelerator, checkpoint = begin(settings)
-    check_not_compressed(model.pretrained_model_name_or_path)
+    check_not_compressed(model.pretrained_model_name_or_path, calls.component)
     where = model.revision, model.variant, model.cache_dir
     original = read_any_original(model.pretrained_model_name_or_path, calls.component, *where)
     settings = with_defaults_of(settings, original)
@@ -176,9 +178,21 @@ def start_recorded(settings: RunSettings) -> Run:
             "--criterion taylor ranks by the loss, which is zero against the original's own answers; choose sensitivity"
         )
     check_run(settings, accelerator, original, checkpoint)
+    check_sizes_of_others(settings, original)
     if calls.calls_file is not None:
         checked_calls(original, calls)
     return build_recorded(settings, accelerator, original, checkpoint)
+
+
+def check_sizes_of_others(settings: RunSettings, original: Original) -> None:
+    """Raises ValueError if a denoiser of the pipeline is compressed already, to other sizes: they move together."""
+    for file in sorted(original.folder.glob(f"*/{CONFIG_NAME}")):
+        sizes = SizeTable.from_dict(read_ofa_config(file.parent)).sizes
+        if sizes != tuple(sorted(settings.compression.sizes)):
+            raise ValueError(
+                f"--sizes are {settings.compression.sizes}, those of the pipeline's {file.parent.name} {sizes}; sizes "
+                "of one pipeline move together, so they must be the same"
+            )
 
 
 def build_recorded(
@@ -211,8 +225,7 @@ def build_recorded(
     )
     denoiser = load_denoiser(original)
     taught_by = denoiser if teacher is None else load_denoiser(teacher)
-    (pipeline,) = recorded.kind.components
-    check_same_model(recordings, pipeline, recorded.component, taught_by)
+    check_same_model(recordings, pipeline_class(recorded).__name__, recorded.component, taught_by)
     denoiser.to(accelerator.device).eval()
     if settings.compression.budget == "macs" and settings.one_size is None:
         check_sizes(settings.compression, denoiser, inputs=recordings)

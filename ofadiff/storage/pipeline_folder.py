@@ -13,26 +13,50 @@ from diffusers import (
 from huggingface_hub import snapshot_download
 
 from ofadiff.basis.change import BASIS_NAME
-from ofadiff.sizes import CONFIG_NAME
-from ofadiff.storage.ofa_config import ADAPTERS_NAME
+from ofadiff.sizes import CONFIG_NAME, SizeTable
+from ofadiff.storage.ofa_config import ADAPTERS_NAME, read_ofa_config
 
 
-def find_denoiser(directory: str | Path) -> str:
-    """Name of the component in a pipeline folder that is a supernet.
+def find_denoisers(directory: str | Path) -> tuple[str, ...]:
+    """Names of the components in a pipeline folder that are supernets; they have the same sizes.
 
     Raises:
-        ValueError: If the folder is no diffusers pipeline, or none of its components is a supernet.
+        ValueError: If the folder is no diffusers pipeline, none of its components is a supernet, or they differ in
+            their sizes.
     """
     directory = Path(directory)
     if not (directory / "model_index.json").is_file():
         raise ValueError(f"{directory} holds no model_index.json, so it is no diffusers pipeline folder")
     index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
-    for component in index:
-        if (directory / component / CONFIG_NAME).is_file():
-            return component
-    raise ValueError(
-        f"{directory} holds no {CONFIG_NAME} in any component, so it is no OFA checkpoint; `ofadiff compress` makes one"
-    )
+    found = tuple(component for component in index if (directory / component / CONFIG_NAME).is_file())
+    if not found:
+        raise ValueError(
+            f"{directory} holds no {CONFIG_NAME} in any component, so it is no OFA checkpoint; `ofadiff compress` "
+            "makes one"
+        )
+    sizes = [SizeTable.from_dict(read_ofa_config(directory / component)).sizes for component in found]
+    for component, own in zip(found, sizes, strict=True):
+        if own != sizes[0]:
+            raise ValueError(f"the {component} of {directory} has sizes {own}, its {found[0]} {sizes[0]}; they differ")
+    return found
+
+
+def find_denoiser(directory: str | Path, component: str | None = None) -> str:
+    """Name of the component in a pipeline folder that is a supernet; of several the one that is meant.
+
+    Args:
+        directory: The pipeline folder.
+        component: What the pipeline calls it; needed where there are several.
+
+    Raises:
+        ValueError: As `find_denoisers`; or if the component is none of them, or is not said.
+    """
+    found = find_denoisers(directory)
+    if component is None and len(found) > 1:
+        raise ValueError(f"{directory} has sizes of {' and '.join(found)}; say which one with component")
+    if component is not None and component not in found:
+        raise ValueError(f"the {component} of {directory} has no sizes; its {' and '.join(found)} has")
+    return found[0] if component is None else component
 
 
 def local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
