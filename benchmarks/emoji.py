@@ -5,7 +5,9 @@
 
 trains a small Stable Diffusion from scratch (byte-pair tokenizer, CLIP, VAE, UNet), compresses its UNet with
 `recipes/compress_sd.py`, and measures FID and CLIP score of every size beside the original and beside the same subnets
-without joint training. A run that was stopped goes on where it was.
+without joint training. With `--recordings` it is compressed once more with `recipes/compress_any.py`, on recordings of
+the pipeline's own calls in place of pictures, with as many steps, and `held_out.json` gets the losses of all on the
+pictures that no training saw. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from emoji_data import FONT, check_font, write_emoji
 from emoji_models import ImageTower, Recipe, make_pipeline, make_tokenizer, save_clip, train_clip, train_unet, train_vae
@@ -30,13 +34,16 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.utils import logging
 
-from ofadiff import OFAPipeline, evaluate
-from ofadiff.data.order import hold_out
+from ofadiff import OFAPipeline, Supernet, evaluate, runs
+from ofadiff.data.order import fixed_batches, hold_out
 from ofadiff.evaluation import Report, register_extractor
+from ofadiff.training.losses import denoising_loss
 
 EXTRACTOR = "emoji CLIP"
-UNTRAINED = "not trained jointly"
-COMPRESS = Path(__file__).parents[1] / "recipes" / "compress_sd.py"
+UNTRAINED, RECORDED = "not trained jointly", "on recordings"
+RECIPES = Path(__file__).parents[1] / "recipes"
+# Captions in one recorded call, and denoising steps kept of it; every caption is sampled twice.
+CAPTIONS_PER_CALL, STEPS_PER_CALL, PASSES = 16, 8, 2
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,8 @@ def benchmark(args: argparse.Namespace) -> Report:
     print("3/4  Compression", flush=True)
     compress(folder, setting, args.seed, "untrained", steps=0)
     compress(folder, setting, args.seed, "ofa", steps=setting.joint.steps)
+    if args.recordings:
+        compress_recorded(folder, captions, setting, args.seed)
 
     print("4/4  Evaluation", flush=True)
     report = measure(folder, (images * 255).round().to(torch.uint8), captions, setting, args, device)
@@ -200,7 +209,71 @@ def compress(folder: Path, setting: Setting, seed: int, name: str, steps: int) -
     }
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     words += ["--center_crop", "--sizes", *map(str, setting.sizes)]
-    subprocess.run([sys.executable, str(COMPRESS), *words], check=True)
+    subprocess.run([sys.executable, str(RECIPES / "compress_sd.py"), *words], check=True)
+
+
+def compress_recorded(folder: Path, captions: list[str], setting: Setting, seed: int) -> None:
+    """Makes `folder/recorded` with recipes/compress_any.py: as many steps, and as many rows a step, as `folder/ofa`."""
+    if (folder / "recorded" / "model_index.json").exists():
+        return
+    seen, _ = hold_out(len(captions), VALIDATION_FRACTION, seed)
+    chosen = [captions[index] for index in seen] * PASSES
+    groups = [chosen[first : first + CAPTIONS_PER_CALL] for first in range(0, len(chosen), CAPTIONS_PER_CALL)]
+    (folder / "calls.jsonl").write_text("".join(json.dumps({"prompt": group}) + "\n" for group in groups))
+    recipe, rows = setting.joint, 2 * CAPTIONS_PER_CALL  # guidance has two halves
+    flags: dict[str, object] = {
+        "pretrained_model_name_or_path": folder / "original",
+        "calls_file": folder / "calls.jsonl",
+        "output_dir": folder / "recorded",
+        "steps_per_call": STEPS_PER_CALL,
+        "max_train_steps": recipe.steps,
+        "train_batch_size": recipe.batch_size // rows,
+        "importance_samples": setting.importance_samples // rows,
+        "validation_samples": setting.validation_samples // rows,
+        "learning_rate": recipe.learning_rate,
+        "lr_warmup_steps": min(100, recipe.steps // 10),
+        "ema_decay": 0.995,
+        "validation_steps": recipe.steps,
+        "checkpointing_steps": max(1, recipe.steps // 4),
+        "checkpoints_total_limit": 1,
+        "resume_from_checkpoint": "latest",
+        "seed": seed,
+    }
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    words += ["--sizes", *map(str, setting.sizes), "--call_arguments", f"num_inference_steps={INFERENCE_STEPS}"]
+    words += [f"guidance_scale={GUIDANCE_SCALE}", "output_type=latent"]
+    subprocess.run([sys.executable, str(RECIPES / "compress_any.py"), *words], check=True)
+
+
+@torch.no_grad()
+def held_out_losses(folder: Path, setting: Setting, seed: int) -> dict[str, dict[str, float]]:
+    """Denoising losses of the original and every size on the pictures that no training saw, with fixed noise."""
+    data = runs.Data(
+        train_data_dir=str(folder / "emoji"), resolution=setting.resolution, validation_fraction=VALIDATION_FRACTION
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = runs.RunSettings(
+            runs.Model(pretrained_model_name_or_path=str(folder / "original")),
+            data,
+            runs.Output(output_dir=f"{scratch}/none"),
+            captions=runs.Captions(center_crop=True),
+            optimization=runs.Optimization(seed=seed),
+        )
+        run = runs.start(settings)
+    batches = list(fixed_batches(run.data.validation, setting.validation_samples, 64, seed, "benchmark"))
+
+    def loss(model: torch.nn.Module) -> float:
+        model.to(run.accelerator.device).eval()
+        on_device = (send_to_device(batch, run.accelerator.device) for batch in batches)
+        return float(torch.cat([denoising_loss(model, batch, run.prepare) for batch in on_device]).mean())
+
+    losses = {"original": {"1": loss(run.denoiser)}}
+    for name in ("ofa", "untrained", "recorded"):
+        supernet = Supernet.from_pretrained(folder / name / run.original.component)
+        for size in supernet.sizes:
+            with supernet.at(size) as model:
+                losses.setdefault(name, {})[f"{size:g}"] = loss(model)
+    return losses
 
 
 def measure(
@@ -213,10 +286,9 @@ def measure(
 ) -> Report:
     """The report on every size, beside the original and the same subnets without joint training."""
     register_extractor(EXTRACTOR, ImageTower(CLIPModel.from_pretrained(folder / "clip")))
-    joint, untrained = (OFAPipeline.from_pretrained(folder / name) for name in ("ofa", "untrained"))
-    original = StableDiffusionPipeline.from_pretrained(folder / "original")
-    for pipeline in (joint, untrained, original):
-        pipeline.to(device)
+    joint = OFAPipeline.from_pretrained(folder / "ofa").to(device)
+    original = StableDiffusionPipeline.from_pretrained(folder / "original").to(device)
+    compare = {UNTRAINED: "untrained", **({RECORDED: "recorded"} if args.recordings else {})}
     # Prompts from all over the list, whatever the number of samples.
     stride = len(captions) / setting.num_samples
     prompts = [captions[int(index * stride)] for index in range(setting.num_samples)]
@@ -224,7 +296,7 @@ def measure(
         joint,
         reference=reference,
         teacher=original,
-        compare={UNTRAINED: untrained},
+        compare={name: OFAPipeline.from_pretrained(folder / each).to(device) for name, each in compare.items()},
         num_samples=setting.num_samples,
         batch_size=100,
         seed=args.seed,
@@ -238,6 +310,10 @@ def measure(
         command=f"python benchmarks/emoji.py --setting {args.setting}",
     )
     report.write(folder)
+    if args.recordings:
+        losses = held_out_losses(folder, setting, args.seed)
+        (folder / "held_out.json").write_text(json.dumps(losses, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(losses, indent=1))
     return report
 
 
@@ -250,6 +326,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="emoji", help="folder to make, or of a run to continue")
     add("--setting", choices=tuple(SETTINGS), default="cpu", help="how large everything is")
     add("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf")
+    add("--recordings", action="store_true", help="compress once more, on recordings of the pipeline's own calls")
     add("--seed", type=int, default=0, help="of everything random")
     return parser
 

@@ -14,13 +14,15 @@ from torch.utils._pytree import tree_leaves
 from ofadiff.channels import ChannelGroup, row_axis
 from ofadiff.cutting import make_model_elastic, permute_units, set_widths
 from ofadiff.layers import NORMS_OVER_CHANNELS, shrink
+from ofadiff.recordings.folder import Recordings
+from ofadiff.recordings.recorded_call import RecordedCall
 
 
 @torch.no_grad()
 def verify_groups(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, Any] | RecordedCall | Recordings,
     tolerance: float = 1e-6,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, float]:
@@ -32,7 +34,7 @@ def verify_groups(
     Args:
         model: The denoiser, not elastic yet; unchanged afterwards.
         groups: Its channel groups.
-        inputs: Keyword arguments of one forward call.
+        inputs: Keyword arguments of one forward call, or recordings of the model, whose first call is taken.
         tolerance: Largest accepted error, relative to the largest output.
         dtype: Dtype of the copy. A model that runs in float32 only needs a tolerance of 1e-4.
 
@@ -44,7 +46,9 @@ def verify_groups(
     """
     # Not the method of diffusers models, which leaves some layers in float32.
     model = nn.Module.to(copy.deepcopy(model), dtype).eval()
-    converted = _converted(dict(inputs), dtype)
+    first = inputs[0] if isinstance(inputs, Recordings) else inputs
+    on_device = first.to(next(model.parameters()).device).arguments if isinstance(first, RecordedCall) else first
+    converted = _converted(dict(on_device), dtype)
     reference = _output(model, converted)
     scale = reference.abs().max()
 

@@ -25,6 +25,8 @@ from ofadiff.evaluation.metrics.clip_scorer import DEFAULT_CLIP
 from ofadiff.evaluation.metrics.extractors import find_extractor
 from ofadiff.evaluation.preparation import missing_reference, read_statistics
 from ofadiff.evaluation.saved_images import PROTOCOL_NAME
+from ofadiff.pipelines.calls import read_calls, read_located_calls
+from ofadiff.recordings.folder import Recordings
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import read_ofa_config
 from ofadiff.storage.pipeline_folder import find_denoisers
@@ -54,7 +56,8 @@ class Measured(Bundle):
     sizes: tuple[float, ...] | None = None
     """sizes of the checkpoint; all by default"""
     metrics: Annotated[tuple[str, ...] | None, one_of(METRICS)] = None
-    """macs, latency, memory, fid, kid, clip_score, psnr, ssim; all that can be had from what is given, by default"""
+    """macs, latency, memory, fid, kid, clip_score, psnr, ssim, answer_error; all that can be had from what is given, by
+    default"""
 
 
 @Parameter(name="*", group=Group.create_ordered("reference"))
@@ -91,6 +94,12 @@ class Samples(Bundle):
     """denoising steps per image"""
     prompts_file: str | None = None
     """text-to-image: one prompt a line, or a metadata.jsonl (text); used in turn"""
+    calls_file: str | None = None
+    """for pipelines of any class: calls of the pipeline, used in turn, as `ofadiff record` takes them (.txt, .jsonl,
+    .csv); one image or video each"""
+    recordings_dir: str | None = None
+    """recordings of the original's denoiser: MACs, latency and memory are those of a recorded call, and answers are
+    compared"""
     guidance_scale: float | None = None
     """text-to-image: the pipeline's own by default"""
     resolution: Annotated[int | None, COUNT] = None
@@ -186,6 +195,8 @@ def evaluation_settings(
         seed=samples.seed,
         num_inference_steps=samples.num_inference_steps,
         arguments=None if samples.prompts_file is None else {"prompt": read_prompts(samples.prompts_file)},
+        calls=None if samples.calls_file is None else read_located_calls(samples.calls_file),
+        recordings=None if samples.recordings_dir is None else Recordings(samples.recordings_dir),
         call_arguments={name: value for name, value in call.items() if value is not None},
         extractor=reference.extractor,
         clip_model=reference.clip_model,
@@ -229,10 +240,18 @@ def check(
     missing = check_reference(reference, files)
     if measured.teacher is None:
         missing["teacher"] = "there is no teacher; give --teacher"
-    if samples.prompts_file is None:
+    if samples.calls_file is not None:
+        if samples.prompts_file is not None:
+            raise ValueError("--prompts_file and --calls_file exclude each other")
+        read_calls(samples.calls_file)
+    elif samples.prompts_file is None:
         missing["prompts"] = "there are no prompts; give --prompts_file"
     else:
         read_prompts(samples.prompts_file)
+    if samples.recordings_dir is None:
+        missing["recordings"] = "there are no recordings; give --recordings_dir"
+    else:
+        Recordings(samples.recordings_dir)
     names = choose_metrics(measured.metrics, missing)
     if any("reference" in METRICS[name].needs for name in names):
         extractor = find_extractor(reference.extractor)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from ofadiff.denoisers.pipelines import denoiser_of
 from ofadiff.evaluation.report.rows import JOINT, TEACHER, Row
@@ -16,10 +17,11 @@ from ofadiff.pipelines import OFAPipeline
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row to fill, and the pipeline that its model comes from."""
+    """A row to fill, the pipeline that its model comes from, and what that calls its denoiser."""
 
     row: Row
     source: DiffusionPipeline
+    component: str
 
     @property
     def name(self) -> str:
@@ -43,9 +45,10 @@ def list_candidates(
         ValueError: If a pipeline has no such size or no denoiser, samples with another scheduler, or has a name that
             cannot be one.
     """
-    candidates = [] if teacher is None else [Candidate(Row(TEACHER, TEACHER), teacher)]
+    component = _component_of(pipeline)
+    candidates = [] if teacher is None else [Candidate(Row(TEACHER, TEACHER), teacher, component)]
     for size in _choose_sizes(pipeline, sizes):
-        candidates.append(Candidate(_row(JOINT, size), pipeline))
+        candidates.append(Candidate(_row(JOINT, size), pipeline, component))
     for name, other in compare.items():
         if name in (JOINT, TEACHER) or not re.fullmatch(r"\w[\w .-]*", name):
             raise ValueError(
@@ -53,11 +56,20 @@ def list_candidates(
                 f"not {JOINT!r} or {TEACHER!r}"
             )
         own_sizes = sizes if isinstance(other, OFAPipeline) else None
-        candidates += [Candidate(_row(name, size), other) for size in _choose_sizes(other, own_sizes)]
+        candidates += [Candidate(_row(name, size), other, component) for size in _choose_sizes(other, own_sizes)]
     for candidate in candidates:
-        denoiser_of(candidate.source)  # there has to be one
+        if not isinstance(candidate.source.components.get(component), nn.Module):
+            raise ValueError(f"the {type(candidate.source).__name__} of {candidate.name} has no {component} to measure")
         _check_schedulers(candidate, pipeline)
     return candidates
+
+
+def _component_of(pipeline: DiffusionPipeline) -> str:
+    """What a pipeline calls the denoiser that is measured: the first that has sizes, or its only one."""
+    if isinstance(pipeline, OFAPipeline):
+        return pipeline.denoiser_names[0]
+    denoiser = denoiser_of(pipeline)
+    return next(name for name, part in pipeline.components.items() if part is denoiser)
 
 
 def _row(series: str, size: float | None) -> Row:

@@ -16,11 +16,10 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from ofadiff.data.images import Images
-from ofadiff.denoisers.inputs import example_inputs
-from ofadiff.denoisers.pipelines import denoiser_of
 from ofadiff.evaluation.candidates import Candidate, list_candidates
 from ofadiff.evaluation.finite import NotFiniteError
 from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
+from ofadiff.evaluation.metrics.costs import cost_inputs
 from ofadiff.evaluation.preparation import (
     Instruments,
     budget_of,
@@ -30,6 +29,7 @@ from ofadiff.evaluation.preparation import (
     missing_reference,
     open_stores,
     read_statistics,
+    shape_in_words,
     try_all,
 )
 from ofadiff.evaluation.report import Column, Report, Row
@@ -95,22 +95,20 @@ def evaluate(
     processes = Processes(accelerator)
     statistics = read_statistics(reference)
     candidates = list_candidates(pipeline, teacher, compare or {}, sizes)
-    missing = missing_reference(reference is not None, statistics)
-    names = choose_metrics(metrics, missing | missing_needs(candidates, settings.arguments or {}))
-    sampling = Sampling.of(
-        pipeline, settings.seed, settings.num_inference_steps, settings.arguments, settings.call_arguments
-    )
-    for candidate in candidates:
-        sampling.check(candidate.source)
+    asked = settings.arguments, settings.call_arguments, settings.calls
+    sampling = Sampling.of(pipeline, settings.seed, settings.num_inference_steps, *asked)
+    missing = missing_reference(reference is not None, statistics) | missing_needs(candidates, sampling, settings)
+    names = choose_metrics(metrics, missing)
     instruments = make_instruments(pipeline.device, reference, statistics, names, settings, processes)
+    budget = budget_of(pipeline, teacher, settings.recordings)
     evaluation = _Evaluation(
-        candidates, names, sampling, settings, processes, instruments, budget_of(pipeline, teacher)
+        candidates, names, sampling, settings, processes, instruments, budget, sampled="images" not in missing
     )
     stores = evaluation.begin()
     latencies = evaluation.measure_latencies()
     report = Report(settings.title, evaluation.columns())
     for candidate in candidates:
-        evaluation.measure(candidate, stores.pop(candidate.name), latencies.get(candidate.name), report)
+        evaluation.measure(candidate, stores.pop(candidate.name, {}), latencies.get(candidate.name), report)
     made = Made(names, evaluation.count, evaluation.resolution, processes.count)
     report.protocol = report_protocol(pipeline, sampling, settings, instruments, made, reference)
     if any(map(report.missed, report.rows)):
@@ -129,7 +127,9 @@ class _Evaluation:
     processes: Processes
     instruments: Instruments
     budget: tuple[Callable[[nn.Module], int], int] | None
+    sampled: bool = True
     resolution: str = ""
+    frames: int = 1
     teacher_images: Dataset[torch.Tensor] | None = None
 
     @property
@@ -147,11 +147,13 @@ class _Evaluation:
 
     def begin(self) -> dict[str, SavedImages | dict[int, torch.Tensor]]:
         """Tries every model and instrument once, and says where the images of each model go."""
+        if not self.sampled:
+            return {}
         settings, instruments = self.settings, self.instruments
         trials = try_all(self.candidates, self.sampling)
         height, width = trials[0].shape[-2:]
-        self.resolution = f"{width}x{height}"
-        instruments.try_on(trials[0], self.names, self.sampling, self.resolution)
+        self.resolution, self.frames = shape_in_words(trials[0]), trials[0].shape[1]
+        instruments.try_on(trials[0].flatten(0, 1), self.names, self.sampling, self.resolution)
         where = settings.samples_dir, settings.overwrite_samples
         stores = open_stores(self.candidates, self.sampling, self.resolution, *where, self.processes)
         instruments.read_reference(height, width, settings, self.processes)
@@ -164,7 +166,7 @@ class _Evaluation:
         self.processes.wait()
         latencies: dict[str, float] = {}
         if self.processes.is_main:
-            inputs = partial(example_inputs, batch_size=self.settings.cost_batch_size)
+            inputs = partial(cost_inputs, batch_size=self.settings.cost_batch_size, recordings=self.settings.recordings)
             latencies = measure_latencies(lambda: denoisers_of(self.candidates), inputs)
         self.processes.wait()
         return latencies
@@ -179,10 +181,12 @@ class _Evaluation:
         """Samples one model, measures it, and adds its row to the report."""
         settings, processes, instruments = self.settings, self.processes, self.instruments
         row, stand_alone = candidate.row, candidate.load()
-        share, show = Share(self.count, settings.batch_size, processes), settings.progress and processes.is_main
-        draw_share(stand_alone, self.sampling, share, store, show, f"Sampling {candidate.name}", name=row.name)
+        count = self.count if self.sampled else 0
+        share, show = Share(count, settings.batch_size, processes), settings.progress and processes.is_main
+        if self.sampled:
+            draw_share(stand_alone, self.sampling, share, store, show, f"Sampling {candidate.name}", name=row.name)
         images = Subset(store, share.indices)  # type: ignore[arg-type]
-        denoiser = denoiser_of(stand_alone)
+        denoiser = stand_alone.components[candidate.component]
         subject = Subject(
             denoiser=denoiser,
             images=images,
@@ -197,6 +201,8 @@ class _Evaluation:
             latency=latency,
             batch_size=settings.batch_size,
             cost_batch_size=settings.cost_batch_size,
+            frames=self.frames,
+            recordings=settings.recordings,
         )
         row.values["params"] = count_parameters(denoiser)
         if self.budget is not None:
@@ -209,7 +215,8 @@ class _Evaluation:
         row.values = processes.broadcast(row.values)
         _check_finite(row)
         shown = processes.gather([(index, store[index]) for index in share.indices if index < settings.num_shown])
-        report.add_row(row, torch.stack([image for _, image in sorted(shown, key=_first)]))
+        pictures = [image for _, image in sorted(shown, key=_first)]
+        report.add_row(row, torch.stack(pictures) if pictures else None)
         if row.series == TEACHER:
             self.teacher_images = images
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ofadiff.denoisers.pipelines import denoiser_of
 from ofadiff.evaluation.sampling import Sampling, call_parameters
+from ofadiff.pipelines.calls import described
 from ofadiff.storage.digest import digest_of_weights
 
 
@@ -45,6 +46,7 @@ def image_protocol(
         "denoising steps": sampling.num_inference_steps,
         **call_protocol(pipeline, sampling.call_arguments),
         **{name: _digest_of_values(name, list(values)) for name, values in sampling.arguments.items()},
+        **({} if sampling.calls is None else {"calls": _digest_of_values("calls", described(sampling.calls))}),
         "first seed": sampling.seed,
         "scheduler": type(scheduler).__name__,
         **{f"scheduler's {name}": value for name, value in settings.items()},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from torch import nn
 from torch.utils.data import Subset
 
 from ofadiff.data.images import Images
-from ofadiff.denoisers.inputs import example_inputs
 from ofadiff.denoisers.pipelines import denoiser_of
 from ofadiff.evaluation.candidates import Candidate
 from ofadiff.evaluation.image_protocol import image_protocol
 from ofadiff.evaluation.metrics import consistency
 from ofadiff.evaluation.metrics.clip_scorer import ClipScorer
+from ofadiff.evaluation.metrics.costs import cost_inputs
 from ofadiff.evaluation.metrics.extractors import FeatureExtractor
 from ofadiff.evaluation.metrics.feature_statistics import FeatureStatistics
 from ofadiff.evaluation.metrics.table import METRICS
@@ -31,6 +32,7 @@ from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import OFAPipeline
 from ofadiff.profiling.cost import count_macs, count_parameters
 from ofadiff.profiling.memory import PEAKS
+from ofadiff.recordings.folder import Recordings, check_same_model
 
 # Fewer images than this have no KID.
 FEWEST = 4
@@ -54,20 +56,36 @@ def missing_reference(given: bool, statistics: FeatureStatistics | None) -> dict
     return {}
 
 
-def missing_needs(candidates: Sequence[Candidate], arguments: Mapping[str, Any]) -> dict[str, str]:
-    """What metrics may need and cannot have, each with the reason."""
+def missing_needs(candidates: Sequence[Candidate], sampling: Sampling, settings: EvaluationSettings) -> dict[str, str]:
+    """What metrics may need and cannot have, each with the reason.
+
+    Raises:
+        ValueError: If a pipeline cannot be called as it is asked for, or recordings are of something else.
+    """
     missing = {}
+    recordings = settings.recordings
+    if recordings is None:
+        missing["recordings"] = "there are no recordings"
+    for candidate in candidates:
+        if recordings is not None:
+            check_same_model(recordings, type(candidate.source).__name__, candidate.component)
+        try:
+            sampling.check(candidate.source)
+        except ValueError as error:
+            if recordings is None or settings.arguments is not None or settings.calls is not None:
+                raise
+            missing["images"] = str(error)
     if not any(candidate.row.series == TEACHER for candidate in candidates):
         missing["teacher"] = "there is no teacher"
-    if "prompt" not in arguments:
+    if "prompt" not in sampling.condition([0]):
         missing["prompts"] = "there are no prompts"
     for candidate in candidates:
-        denoiser = denoiser_of(candidate.source)
+        denoiser = candidate.source.components[candidate.component]
         device = next(denoiser.parameters()).device.type
         if device not in PEAKS:
             missing["memory"] = f"the model is on {device!r}; peak memory is measured on {' and '.join(PEAKS)}"
         try:
-            example_inputs(denoiser)
+            cost_inputs(denoiser, 1, recordings)
         except ValueError as error:
             missing["inputs"] = str(error)
     return missing
@@ -84,20 +102,26 @@ def check_counts(count: int, real: Reference | None) -> None:
 
 
 def try_all(candidates: Sequence[Candidate], sampling: Sampling) -> list[torch.Tensor]:
-    """One image of each, in a few steps: what can go wrong does so now, and not hours later."""
+    """One image of each, in a few steps, `(1, F, 3, H, W)`: what can go wrong does so now, and not hours later."""
     trial = replace(sampling, num_inference_steps=min(TRIAL_STEPS, sampling.num_inference_steps))
     images = []
     for candidate in candidates:
         stand_alone = candidate.load()
         with evaluation_mode(stand_alone):
-            images.append(trial.draw(stand_alone, [0], name=candidate.row.name))
+            images.append(trial.draw_frames(stand_alone, [0], name=candidate.row.name))
         if images[-1].shape != images[0].shape:
-            shapes = [f"{image.shape[-1]}x{image.shape[-2]}" for image in images]
+            shapes = [shape_in_words(image) for image in images]
             raise ValueError(
                 f"{candidates[0].name} makes images of {shapes[0]} pixels, {candidate.name} of {shapes[-1]}; they "
                 "must be of one resolution"
             )
     return images
+
+
+def shape_in_words(image: torch.Tensor) -> str:
+    """Resolution of a sample `(1, F, 3, H, W)`, and how many frames it has if it is a video."""
+    frames, _, height, width = image.shape[1:]
+    return f"{width}x{height}" if frames == 1 else f"{frames} frames of {width}x{height}"
 
 
 def open_stores(
@@ -131,11 +155,11 @@ def denoisers_of(candidates: Sequence[Candidate]) -> Iterator[tuple[str, nn.Modu
     for candidate in candidates:
         stand_alone = candidate.load()
         with evaluation_mode(stand_alone):
-            yield candidate.name, denoiser_of(stand_alone)
+            yield candidate.name, stand_alone.components[candidate.component]
 
 
 def budget_of(
-    pipeline: DiffusionPipeline, teacher: DiffusionPipeline | None
+    pipeline: DiffusionPipeline, teacher: DiffusionPipeline | None, recordings: Recordings | None = None
 ) -> tuple[Callable[[nn.Module], int], int] | None:
     """What a size is a share of: how it is counted, and how much of it the full model has."""
     if not isinstance(pipeline, OFAPipeline):
@@ -143,7 +167,7 @@ def budget_of(
     if pipeline.subnets.budget == "latency":
         return None  # the measured latency has a column of its own
     if pipeline.subnets.budget == "macs" and pipeline.subnets.full_macs is not None:
-        return count_macs, pipeline.subnets.full_macs
+        return functools.partial(count_macs, inputs=recordings), pipeline.subnets.full_macs
     return count_parameters, pipeline.subnets.full_params
 
 
@@ -172,7 +196,7 @@ class Instruments:
         if "ssim" in names:
             consistency.ssim(images, images)
         if self.clip is not None:
-            self.clip.scores(images, sampling.condition([0])["prompt"])
+            self.clip.scores(images[:1], sampling.condition([0])["prompt"])
         if self.features is not None and self.statistics is not None:
             self.statistics.check_shape(self.features.features(images).shape[1], resolution)
 

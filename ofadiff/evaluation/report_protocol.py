@@ -74,15 +74,21 @@ def report_protocol(
     """Everything that a reader needs to make the numbers again; what does not apply is left out."""
     features, clip = instruments.features, instruments.clip
     needs = {need for name in made.names for need in METRICS[name].needs}
+    recordings = settings.recordings
+    component = "" if recordings is None else recordings.description["component"]
+    batch = f"batch of {settings.cost_batch_size}" if recordings is None else f"a recorded call of {recordings[0].rows}"
+    forward = f"one forward of the denoiser, {batch}"
     several = "es" if made.processes > 1 else ""
     protocol = {
         "samples per size": made.count if "images" in needs else None,
-        "resolution": f"{made.resolution} pixels",
-        "denoising steps": settings.num_inference_steps,
-        **call_protocol(pipeline, sampling.call_arguments),
+        "resolution": f"{made.resolution} pixels" if made.resolution else None,
+        "denoising steps": settings.num_inference_steps if made.resolution else None,
+        "calls": None if sampling.calls is None else min(made.count, len(sampling.calls)),
+        "recordings": None if recordings is None else f"{len(recordings)} calls of the {component}",
+        **(call_protocol(pipeline, sampling.call_arguments) if sampling.calls is None else {}),
         "prompts": min(made.count, len(sampling.arguments["prompt"])) if "prompt" in sampling.arguments else None,
-        "seeds": f"{settings.seed} to {settings.seed + made.count - 1}, one per image",
-        "batches": f"{settings.batch_size} images, {made.processes} process{several}",
+        "seeds": f"{settings.seed} to {settings.seed + made.count - 1}, one per image" if made.resolution else None,
+        "batches": f"{settings.batch_size} images, {made.processes} process{several}" if made.resolution else None,
         "scheduler": type(pipeline.components["scheduler"]).__name__ if "scheduler" in pipeline.components else None,
         "budget": pipeline.subnets.budget if isinstance(pipeline, OFAPipeline) else None,
         "features": features.name if features else None,
@@ -90,14 +96,12 @@ def report_protocol(
         **reference_protocol(reference, instruments.real, instruments.statistics if features else None),
         "CLIP score": f"mean cosine (w = 1), {_last_part(settings.clip_model)}" if clip else None,
         "latency": (
-            f"one forward of the denoiser, batch of {settings.cost_batch_size}: median of {ROUNDS} rounds over all "
-            f"models, {REPEATS} forwards each"
+            f"{forward}: median of {ROUNDS} rounds over all models, {REPEATS} forwards each"
             if "latency" in made.names
             else None
         ),
         "memory": (
-            f"peak of one forward of the denoiser, batch of {settings.cost_batch_size}, "
-            f"{pipeline.device.type.upper()}: its weights and what PyTorch allocates"
+            f"peak of {forward}, {pipeline.device.type.upper()}: its weights and what PyTorch allocates"
             if "memory" in made.names
             else None
         ),

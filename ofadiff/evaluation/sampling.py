@@ -14,10 +14,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ofadiff.denoisers.pipelines import class_count, denoiser_of
+from ofadiff.evaluation.called import check_one_sample, frames_of, in_a_row
 from ofadiff.evaluation.finite import NotFiniteError, finite_outputs
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
+from ofadiff.pipelines.calls import check_calls, opened
 
 # What `generate` gives to a pipeline's call itself, or what would change how many images come of it.
 RESERVED = (
@@ -94,6 +96,7 @@ class Sampling:
     num_inference_steps: int
     arguments: Mapping[str, Sequence[Any]]
     call_arguments: Mapping[str, Any]
+    calls: Sequence[Mapping[str, Any]] | None = None
 
     @classmethod
     def of(
@@ -103,23 +106,36 @@ class Sampling:
         num_inference_steps: int,
         arguments: Mapping[str, Sequence[Any]] | None,
         call_arguments: Mapping[str, Any] | None,
+        calls: Sequence[str | Mapping[str, Any]] | None = None,
     ) -> Sampling:
-        """The settings of `generate`, with the pipeline's defaults where there are none.
+        """The settings of `generate`, with the pipeline's defaults where there are none; or calls in their place.
 
         Raises:
-            ValueError: If there are no denoising steps.
+            ValueError: If there are no denoising steps, or a call cannot be made.
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
+        if calls is not None:
+            if arguments is not None:
+                raise ValueError(f"calls and arguments ({', '.join(arguments)}) exclude each other")
+            checked = check_calls(type(pipeline), calls, call_arguments)
+            check_one_sample(checked)
+            return cls(seed, num_inference_steps, {}, {}, checked)
         arguments = default_arguments(pipeline) if arguments is None else arguments
         return cls(seed, num_inference_steps, arguments, {} if call_arguments is None else call_arguments)
 
     def check(self, pipeline: DiffusionPipeline) -> None:
         """Raises ValueError if the pipeline cannot be called like this."""
+        if self.calls is not None:
+            check_calls(type(pipeline), self.calls)
+            return
         check_arguments(pipeline, self.arguments, self.call_arguments)
 
     def condition(self, indices: Sequence[int]) -> dict[str, Any]:
-        """What the call takes for each of these images."""
+        """What the call takes for each of these images; of calls their prompts, if all have one."""
+        if self.calls is not None:
+            prompts = [self.calls[i % len(self.calls)].get("prompt") for i in indices]
+            return {"prompt": prompts} if all(isinstance(call.get("prompt"), str) for call in self.calls) else {}
         return {name: [values[i % len(values)] for i in indices] for name, values in self.arguments.items()}
 
     def draw(
@@ -129,7 +145,7 @@ class Sampling:
         size: float | str | None = None,
         name: str | None = None,
     ) -> torch.Tensor:
-        """These images, in one call: uint8 `(len(indices), 3, H, W)`.
+        """These images, in one call: uint8 `(len(indices), 3, H, W)`; of videos all frames side by side.
 
         All noise comes from the images' own generators, which are on the CPU, so that devices draw the same.
 
@@ -143,18 +159,32 @@ class Sampling:
             ValueError: If the pipeline's scheduler draws noise elsewhere: the images would depend on the batch.
             NotFiniteError: If something is not finite.
         """
+        return torch.stack([in_a_row(frames) for frames in self.draw_frames(pipeline, indices, size, name)])
+
+    def draw_frames(
+        self,
+        pipeline: DiffusionPipeline,
+        indices: Sequence[int],
+        size: float | str | None = None,
+        name: str | None = None,
+    ) -> torch.Tensor:
+        """As `draw`, each frame by itself: uint8 `(len(indices), F, 3, H, W)`."""
         condition = self.condition(indices) or {"batch_size": len(indices)}
         before = _global_random_states(pipeline.device)
         name = name or _name_of(pipeline, size)
+        at_size = {} if size is None else {"size": size}
         with finite_outputs(pipeline, denoiser_of(pipeline), name, indices):
-            images = pipeline(
-                **condition,
-                **self.call_arguments,
-                **({} if size is None else {"size": size}),
-                generator=[torch.Generator().manual_seed(self.seed + i) for i in indices],
-                num_inference_steps=self.num_inference_steps,
-                output_type="pt",
-            ).images
+            if self.calls is not None:
+                images = torch.stack([self._call(pipeline, index, at_size) for index in indices])
+            else:
+                images = pipeline(
+                    **condition,
+                    **self.call_arguments,
+                    **at_size,
+                    generator=[torch.Generator().manual_seed(self.seed + i) for i in indices],
+                    num_inference_steps=self.num_inference_steps,
+                    output_type="pt",
+                ).images.unsqueeze(1)
         bad = [index for index, image in zip(indices, images, strict=True) if not torch.isfinite(image).all()]
         if bad:
             raise NotFiniteError(f"{name} gives images with values that are not finite, sample {bad[0]}")
@@ -164,7 +194,19 @@ class Sampling:
                 f"{type(pipeline.components.get('scheduler')).__name__}), so no image depends on its seed alone; "
                 "choose another scheduler"
             )
-        return _to_uint8(images)
+        return _to_uint8(images.flatten(0, 1)).unflatten(0, (len(indices), -1))
+
+    def _call(self, pipeline: DiffusionPipeline, index: int, at_size: Mapping[str, Any]) -> torch.Tensor:
+        """Frames of one call, `(F, C, H, W)` in [0, 1], as its user would make it."""
+        assert self.calls is not None
+        own = {
+            "generator": torch.Generator().manual_seed(self.seed + index),
+            "num_inference_steps": self.num_inference_steps,
+            "output_type": "pt",
+        }
+        known = {name: value for name, value in own.items() if name in call_parameters(pipeline)}
+        call = opened(self.calls[index % len(self.calls)])
+        return frames_of(pipeline(**{**known, **call}, **at_size), type(pipeline).__name__)
 
 
 def draw_share(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ofadiff.evaluation.metrics.clip_scorer import DEFAULT_CLIP
+from ofadiff.recordings.folder import Recordings
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class EvaluationSettings:
         num_inference_steps: Denoising steps.
         arguments: What the pipeline's call takes for each image, see `generate`; prompts are `{"prompt": [...]}`.
         call_arguments: What the call takes once, for all images, such as `{"guidance_scale": 7.5}`.
+        calls: In place of `arguments`: calls of the pipeline as `ofadiff.record` takes them, used in turn, one image or
+            video each; for pipelines of any class.
+        recordings: Recordings of the original's denoiser: costs are measured on their first call, and answers compared.
+            Without calls nothing is sampled of a pipeline that cannot do without arguments.
         extractor: Features for FID and KID: `"inception"`, another of torch-fidelity's, or a registered one.
         clip_model: CLIP for the CLIP score of images and prompts: a folder or a hub repository, see `ClipScorer`.
         cost_batch_size: Images of the forward whose latency and memory are measured.
@@ -43,6 +48,8 @@ class EvaluationSettings:
     num_inference_steps: int = 50
     arguments: Mapping[str, Sequence[Any]] | None = None
     call_arguments: Mapping[str, Any] | None = None
+    calls: Sequence[str | Mapping[str, Any]] | None = None
+    recordings: Recordings | None = None
     extractor: str = "inception"
     clip_model: str | Path = DEFAULT_CLIP
     cost_batch_size: int = 1

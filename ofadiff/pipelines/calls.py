@@ -50,6 +50,24 @@ def read_calls(file: str | Path) -> list[str | Arguments]:
     return calls
 
 
+def read_located_calls(file: str | Path) -> list[str | Arguments]:
+    """As `read_calls`, with paths of images as they are found from here.
+
+    Raises:
+        ValueError: As `read_calls`; or if an image is missing or none.
+    """
+    folder = Path(file).parent
+    return [
+        call
+        if isinstance(call, str)
+        else {
+            name: _located(value, folder, f"call {number}: {name}") if is_image(name) else value
+            for name, value in call.items()
+        }
+        for number, call in enumerate(read_calls(file), 1)
+    ]
+
+
 def check_calls(
     pipeline_class: type[DiffusionPipeline],
     calls: Sequence[str | Mapping[str, Any]],

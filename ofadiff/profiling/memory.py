@@ -37,7 +37,8 @@ def measure_peak_memory(model: nn.Module, inputs: Mapping[str, Any] | None = Non
     if device.type not in PEAKS:
         raise ValueError(f"the model is on {device.type!r}; peak memory is measured on {' and '.join(PEAKS)}")
     model(**inputs)  # a first forward sets up what stays: plans, workspaces, caches
-    tensors = [*model.parameters(), *model.buffers(), *tree_leaves(dict(inputs))]
+    given = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, torch.Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *given]
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(held.values()) + PEAKS[device.type](model, inputs)
 

@@ -15,6 +15,7 @@ from ofadiff.evaluation.metrics.clip_scorer import ClipScorer
 from ofadiff.evaluation.metrics.extractors import FeatureExtractor
 from ofadiff.evaluation.metrics.feature_statistics import FeatureStatistics
 from ofadiff.evaluation.report.rows import Column
+from ofadiff.recordings.folder import Recordings
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Subject:
         latency: Seconds per forward, measured in turns with the other models.
         batch_size: Images per forward when features are extracted.
         cost_batch_size: Images of the forward whose latency and memory are measured.
+        frames: F: images side by side in each sample of a video.
+        recordings: What was recorded of the original's denoiser.
     """
 
     denoiser: nn.Module
@@ -53,6 +56,8 @@ class Subject:
     latency: float | None = None
     batch_size: int = 64
     cost_batch_size: int = 1
+    frames: int = 1
+    recordings: Recordings | None = None
 
     @cached_property
     def features(self) -> torch.Tensor:
@@ -69,7 +74,8 @@ class Metric:
         measure: Values by column name.
         columns: The columns to show; further values are kept in the JSON alone.
         needs: What it takes, of `"images"`, `"reference"` (statistics), `"reference images"`, `"teacher"`,
-            `"prompts"`, `"inputs"` (example inputs of the denoiser) and `"memory"` (a device that counts it).
+            `"prompts"`, `"inputs"` (example inputs of the denoiser), `"recordings"` and `"memory"` (a device that
+            counts it).
     """
 
     measure: Callable[[Subject], Mapping[str, float | None]]

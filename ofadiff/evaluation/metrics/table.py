@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ofadiff.evaluation.metrics.answers import ANSWER_ERROR
 from ofadiff.evaluation.metrics.clip_score import CLIP_SCORE
 from ofadiff.evaluation.metrics.consistency import PSNR, SSIM
 from ofadiff.evaluation.metrics.costs import LATENCY, MACS, MEMORY
@@ -21,6 +22,7 @@ METRICS: dict[str, Metric] = {
     "clip_score": CLIP_SCORE,
     "psnr": PSNR,
     "ssim": SSIM,
+    "answer_error": ANSWER_ERROR,
 }
 
 

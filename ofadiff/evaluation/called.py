@@ -1,0 +1,70 @@
+"""Images and videos of a pipeline's own calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+# What an evaluation gives to every call itself, or what would change how many images come of it.
+OWN = (
+    "batch_size",
+    "generator",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "output_type",
+    "return_dict",
+    "size",
+)
+
+
+def check_one_sample(calls: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError if a call asks for several images, or for what an evaluation sets itself."""
+    for number, call in enumerate(calls, 1):
+        for name in OWN:
+            if name in call:
+                raise ValueError(f"call {number} has the argument {name!r}; an evaluation sets it itself")
+        if isinstance(call.get("prompt"), (list, tuple)):
+            raise ValueError(f"call {number} has {len(call['prompt'])} prompts; a call that is evaluated has one")
+
+
+def frames_of(output: Any, pipeline: str) -> torch.Tensor:
+    """The image of a pipeline's output, `(1, C, H, W)` in [0, 1], or the frames of its video, `(F, C, H, W)`.
+
+    Raises:
+        ValueError: If it is something else, such as sound.
+    """
+    first = output[0]
+    sample = torch.as_tensor(first[0]) if isinstance(first, list | torch.Tensor) and len(first) == 1 else None
+    if sample is not None and sample.ndim in (3, 4) and sample.shape[-3] in (1, 3):
+        return sample.unsqueeze(0) if sample.ndim == 3 else sample
+    raise ValueError(
+        f"a call of this {pipeline} gives neither one image nor one video; give recordings alone, which compare what "
+        "its denoiser answers"
+    )
+
+
+def in_a_row(frames: torch.Tensor) -> torch.Tensor:
+    """Frames `(F, C, H, W)` side by side: `(C, H, F·W)`."""
+    return torch.cat(tuple(frames), dim=-1)
+
+
+class Frames(Dataset[torch.Tensor]):
+    """The single frames of samples that hold several side by side, each uint8 `(3, H, W)`.
+
+    Args:
+        samples: Of F frames each, `(3, H, F·W)`.
+        frames: F.
+    """
+
+    def __init__(self, samples: Dataset[torch.Tensor], frames: int) -> None:
+        self.samples, self.frames = samples, frames
+
+    def __len__(self) -> int:
+        return len(self.samples) * self.frames  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        sample, frame = divmod(index, self.frames)
+        return self.samples[sample].chunk(self.frames, dim=-1)[frame]
