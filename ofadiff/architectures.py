@@ -16,6 +16,7 @@ from torch import nn
 from ofadiff.allocation.width_ladders import ladder
 from ofadiff.channels import ChannelGroup, slices_by_module
 from ofadiff.denoisers.pipelines import is_denoiser
+from ofadiff.denoisers.table import trainable_kinds
 from ofadiff.profiling.cost import count_parameters, unit_parameters
 from ofadiff.unet_elastic import elastic_parameters, find_channel_groups
 
@@ -49,6 +50,26 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 
+# Classes that tests/recordings/test_any_pipeline.py compresses end to end, by name; test_proven.py beside it compares.
+PROVEN_BY_RECORDING = (
+    "AudioLDM2UNet2DConditionModel",
+    "AuraFlowTransformer2DModel",
+    "ChromaTransformer2DModel",
+    "CogVideoXTransformer3DModel",
+    "CogView4Transformer2DModel",
+    "HunyuanDiT2DModel",
+    "LTXVideoTransformer3DModel",
+    "LatteTransformer3DModel",
+    "Lumina2Transformer2DModel",
+    "QwenImageTransformer2DModel",
+    "StableAudioDiTModel",
+    "UNet2DConditionModel",
+    "UNetMotionModel",
+    "UNetSpatioTemporalConditionModel",
+    "WanTransformer3DModel",
+    "ZImageTransformer2DModel",
+)
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -62,6 +83,7 @@ class Architecture:
         rigid: Kinds of blocks whose layers stay as they are, with their share of the parameters, largest first; those
             under 2 % are left out.
         skipped: Why blocks of a known kind are not cut, or the class has none; empty if nothing is skipped.
+        proven: How tests compress the class end to end, see `ways_proven`.
     """
 
     name: str
@@ -70,6 +92,7 @@ class Architecture:
     smallest_size: float
     rigid: dict[str, float]
     skipped: str
+    proven: tuple[str, ...] = ()
 
 
 def architectures(min_keep: float = 0.25) -> list[Architecture]:
@@ -96,6 +119,13 @@ def denoiser_classes() -> list[type[ModelMixin]]:
     return [found for found in exported if is_denoiser(found)]
 
 
+def ways_proven(name: str) -> tuple[str, ...]:
+    """How tests compress a class end to end: `"a family"`, trained on images; `"recording"`; both, or neither."""
+    families = {kind.model for kind in trainable_kinds()}
+    ways = {"a family": families, "recording": PROVEN_BY_RECORDING}
+    return tuple(way for way, proven in ways.items() if name in proven)
+
+
 def _architecture(model_class: type[ModelMixin], min_keep: float) -> Architecture:
     name = model_class.__name__
     try:
@@ -115,7 +145,8 @@ def _architecture(model_class: type[ModelMixin], min_keep: float) -> Architectur
     owned = unit_parameters(model, groups)
     dropped = sum(owned[group.name] * (group.width - ladder(group, min_keep, alignment=8)[0]) for group in groups)
     share = elastic_parameters(model, groups) / params
-    return Architecture(name, params, share, 1 - dropped / params, _rigid_blocks(model, groups), skipped)
+    rigid = _rigid_blocks(model, groups)
+    return Architecture(name, params, share, 1 - dropped / params, rigid, skipped, ways_proven(name))
 
 
 def _rigid_blocks(model: nn.Module, groups: list[ChannelGroup]) -> dict[str, float]:

@@ -1,7 +1,11 @@
+from pathlib import Path
+
+import diffusers
 import pytest
 
-from ofadiff.architectures import Architecture, architectures
+from ofadiff.architectures import PROVEN_BY_RECORDING, Architecture, architectures
 from ofadiff.commands.architectures import page
+from ofadiff.denoisers.table import trainable_kinds
 
 # diffusers warns of its own classes.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")]
@@ -51,3 +55,29 @@ def test_the_page_has_a_line_for_every_class(rows):
     lines = [line for line in page(list(rows.values())).splitlines() if line.startswith("| ")]
     assert len(lines) == len(rows) + 2
     assert any(line.startswith("| SD3Transformer2DModel | 856.2 M | 66% |") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("FluxTransformer2DModel", "by a family"),
+        ("WanTransformer3DModel", "by recording"),
+        ("UNet2DConditionModel", "by a family and by recording"),
+        ("MochiTransformer3DModel", ""),
+    ],
+)
+def test_the_page_says_how_a_class_is_proven(rows, name, words):
+    (line,) = page([rows[name]]).split(f"| {name} |")[1:]
+    assert line.split("|")[3].strip() == words
+
+
+def test_every_class_that_is_proven_is_in_the_table(rows):
+    families = {kind.model for kind in trainable_kinds()}
+    assert {name for name, row in rows.items() if row.proven} == families | set(PROVEN_BY_RECORDING)
+
+
+def test_the_page_in_docs_is_up_to_date(rows):
+    written = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    if f"Denoisers of diffusers {diffusers.__version__} " not in written:
+        pytest.skip("it is of another diffusers")
+    assert written == page(list(rows.values())), "ofadiff architectures --output docs/architectures.md writes it"
