@@ -44,6 +44,8 @@ from ofadiff.values import COUNT, Bundle, Range, one_of
 # Pixels that a token of Flux has on a side: the VAE's 8, and 2 latents.
 TOKEN = 16
 SCALED_CALLS = 20
+# Times that bfloat16 tells apart.
+MOST_STEPS = 256
 DTYPE = torch.bfloat16
 
 # Of a recorded call, what differs from step to step; the rest is kept once for a call of the pipeline.
@@ -62,7 +64,7 @@ class Recording(Bundle):
 
     calls: Annotated[int, COUNT] = 10_000
     """of the pipeline, one image each"""
-    steps_per_call: Annotated[int, COUNT] = 4
+    steps_per_call: Annotated[int, Parameter(validator=Range(1, MOST_STEPS, what="whole number"))] = 4
     """steps kept of each"""
     resolution: Annotated[int, Parameter(validator=Range(TOKEN, what="whole number"))] = 1024
     """height and width of the images in pixels, rounded down to a multiple of 16"""
@@ -180,7 +182,7 @@ def write_recording(folder: Path, case: Case, calls: int, steps: int) -> Recordi
         for step in range(steps):
             again = tensors_of_call(case, model)
             call |= {name: again[name] for name in OF_A_STEP}
-            # Each step has a time of its own, as far as bfloat16 tells them apart.
+            # Drawn ones may be equal, and would be kept once.
             call["timestep"] = torch.full([1], 1 - step / steps, dtype=DTYPE)
             named = {name: value for name, value in call.items() if name != "answer"}
             named |= {"joint_attention_kwargs": {}, "return_dict": False}

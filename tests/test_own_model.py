@@ -2,26 +2,32 @@
 
 import importlib
 import json
+import logging
 import re
 import sys
+import types
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import make_supernet, output, random_inputs, relative_error
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from PIL import Image
 
 import ofadiff
 from ofadiff import OFAPipeline, Supernet, allocate, find_channel_groups
 from ofadiff.commands.command import call, script
+from ofadiff.commands.compress import compress
 from ofadiff.denoisers import DENOISERS
+from ofadiff.denoisers.pipelines import class_of_component
 from ofadiff.layers import ELASTIC
 from ofadiff.pipelines import ClassConditionalDDPMPipeline
 from ofadiff.recordings import Recordings
+from ofadiff.runs import Compression, Data, Model, Optimization, Output, Watching
 from ofadiff.storage.model_classes import MODEL_CLASSES
 from ofadiff.unet_elastic import FINDERS, elastic_parameters, verify_groups
+from ofadiff.unet_elastic.heads import head_groups
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "own_model.md").read_text(encoding="utf-8")
@@ -30,6 +36,7 @@ QUOTE = "# u_vit.py\n"
 
 SIZES = (0.4, 0.7, 1.0)
 TINY = {"sample_size": 8, "in_channels": 1, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 2}
+BLOCKS_OF_ONE = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 
 
 @pytest.fixture(scope="module")
@@ -210,11 +217,115 @@ def test_an_extracted_size_is_the_supernet_at_that_size(folder, tmp_path):
 
 def test_an_unregistered_class_is_named(folder, u_vit, monkeypatch):
     monkeypatch.delitem(MODEL_CLASSES, "UViT")
-    with pytest.raises(ValueError, match=r"names the class 'UViT'.*MODEL_CLASSES of ofadiff\.storage\.model_classes"):
+    with pytest.raises(ValueError, match=r"names the class 'UViT'.*MODEL_CLASSES of .*, or to be given .* as model="):
         Supernet.from_pretrained(folder / "unet")
     with pytest.raises(AttributeError, match="has no attribute 'OFAUViT'"):
         _ = ofadiff.OFAUViT
     assert Supernet.from_pretrained(folder / "unet", model=u_vit.UViT).sizes == SIZES
+
+
+def test_arguments_given_by_position_are_kept(u_vit):
+    torch.manual_seed(0)
+    model = u_vit.UViT(8, 4, 1, None, 32, 3, 2, num_class_embeds=10).eval()
+    inputs = random_inputs(model)
+    supernet = make_supernet(model, SIZES)
+    small = supernet.extract(0.4)
+    with supernet.at(0.4):
+        assert torch.equal(output(small, inputs), output(model, inputs))
+
+
+def test_heads_of_an_attention_without_a_processor(make, monkeypatch):
+    monkeypatch.setitem(FINDERS, "u_vit.UViTAttention", head_groups)
+    model = make()
+    groups = find_channel_groups(model)
+    assert {group.width for group in groups if group.name.endswith("attn")} == {2}
+    assert max(verify_groups(model, groups, random_inputs(model)).values()) < 1e-10
+
+
+def test_an_extracted_model_takes_loras_only_where_its_class_does(u_vit):
+    assert issubclass(ofadiff.OFAUViT, u_vit.UViT) and "load_lora_adapter" not in dir(ofadiff.OFAUViT)
+    assert "load_lora_adapter" in dir(ofadiff.OFAUNet2DConditionModel)
+
+
+def test_classes_have_to_be_known(make, monkeypatch):
+    unconditional = ClassConditionalDDPMPipeline(make(num_class_embeds=None), DDPMScheduler())
+    with pytest.raises(ValueError, match="this UViT has no fixed number of classes"):
+        unconditional(class_labels=[1])
+    pipeline = ClassConditionalDDPMPipeline(make(), DDPMScheduler())
+    monkeypatch.delitem(DENOISERS, "u_vit")
+    with pytest.raises(ValueError, match=r"classes a UViT has is not known; DENOISERS of .* with classes="):
+        pipeline(class_labels=[1])
+
+
+def test_the_pipeline_takes_any_model_without_a_warning(folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    pipeline = OFAPipeline.from_pretrained(folder)
+    assert isinstance(pipeline, ClassConditionalDDPMPipeline) and "Expected types" not in caplog.text
+    DDPMPipeline(**DiffusionPipeline.from_pretrained(folder).components)
+    assert "Expected types for unet" in caplog.text  # diffusers' own class does warn
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline" and index["scheduler"] == ["diffusers", "DDPMScheduler"]
+
+
+def test_a_pipeline_is_made_of_another_one_as_before():
+    unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, num_class_embeds=3, **BLOCKS_OF_ONE)
+    pipeline = ClassConditionalDDPMPipeline.from_pipe(DDPMPipeline(unet, DDPMScheduler()))
+    assert pipeline.unet is unet
+    assert pipeline(class_labels=[2], num_inference_steps=1, output_type="pt").images.shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("library", "held", "message"),
+    [
+        ("notebook", (), r"names UViT of the module 'notebook' for its unet, which has no such class; .* in 'u_vit'"),
+        ("notebook", ("UViT",), r"of the module 'notebook' for its unet, which lacks ModelMixin; .*have that module"),
+        ("my_package.models", None, r"module 'my_package\.models' for its unet, which is not imported; .* in 'u_vit'"),
+    ],
+)
+def test_a_module_that_diffusers_cannot_use_is_named(folder, u_vit, monkeypatch, library, held, message):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "unet": [library, "UViT"]}))
+    module = types.ModuleType(library)
+    if held is not None:
+        vars(module).update(dict.fromkeys(held, u_vit.UViT))
+        monkeypatch.setitem(sys.modules, library, module)
+    for size in (None, 0.4):
+        with pytest.raises(ValueError, match=message):
+            OFAPipeline.from_pretrained(folder, size=size)
+    vars(module).update({"UViT": u_vit.UViT, "ModelMixin": ModelMixin})
+    monkeypatch.setitem(sys.modules, library, module)
+    assert OFAPipeline.from_pretrained(folder).sizes == SIZES
+
+
+def test_a_component_may_come_from_a_package(u_vit):
+    assert class_of_component("my_package.models", "UViT") is u_vit.UViT
+    assert class_of_component("my_package.models", "UNet2DModel") is None
+    assert class_of_component("diffusers", "UNet2DModel") is UNet2DModel
+
+
+def test_images_compress_it_as_they_do_diffusers_own(make, tmp_path, monkeypatch):
+    ClassConditionalDDPMPipeline(make(num_class_embeds=2), DDPMScheduler()).save_pretrained(tmp_path / "teacher")
+    noise = torch.Generator().manual_seed(0)
+    for index in range(8):
+        (tmp_path / "images" / str(index % 2)).mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (8, 8), generator=noise, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "images" / str(index % 2) / f"{index}.png")
+    arguments = {
+        "model": Model(pretrained_model_name_or_path=str(tmp_path / "teacher")),
+        "data": Data(train_data_dir=str(tmp_path / "images"), validation_fraction=0.25),
+        "output": Output(output_dir=str(tmp_path / "out")),
+        "compression": Compression(sizes=(0.5, 1.0), importance_samples=4),
+        "optimization": Optimization(max_train_steps=2, train_batch_size=2, lr_warmup_steps=0),
+        "watching": Watching(validation_samples=4, num_validation_images=0),
+    }
+    result = compress(**arguments)
+    assert set(result.history) == {0, 2}
+    pipeline = OFAPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.sizes == (0.5, 1.0)
+    assert len(pipeline(class_labels=[0, 1], size=0.5, num_inference_steps=2).images) == 2
+    monkeypatch.delitem(MODEL_CLASSES, "UViT")
+    with pytest.raises(ValueError, match="there is no class 'UViT'; it must be one of diffusers or in MODEL_CLASSES"):
+        compress(**{**arguments, "output": Output(output_dir=str(tmp_path / "other"))})
 
 
 def test_recordings_answer_as_the_model_did(make, tmp_path):

@@ -115,9 +115,21 @@ def test_one_size_of_a_text_to_image_transformer_is_healed(run, tmp_path):
 
 def test_flags_of_another_kind_of_model_are_refused(run, digits, dit_files, tmp_path):  # noqa: F811
     for folder, flags, message in (
-        (digits / "original", {"caption_column": "words"}, "--caption_column is for text-to-image models only"),
-        (digits / "original", {"validation_prompts": "a"}, "--validation_prompts is for text-to-image models only"),
-        (dit_files / "latents", {"streaming": True}, "--streaming is for text-to-image models only; .*latents is none"),
+        (
+            digits / "original",
+            {"caption_column": "words"},
+            "--caption_column is for text-to-image models that are trained on images only",
+        ),
+        (
+            digits / "original",
+            {"validation_prompts": "a"},
+            "--validation_prompts is for text-to-image models that are trained on images only",
+        ),
+        (
+            dit_files / "latents",
+            {"streaming": True},
+            "--streaming is for text-to-image models that are trained on images only; .*latents is none",
+        ),
         (dit_files / "latents", {"resolution": 8}, "--resolution 8 cannot be had: images of this model have 16"),
     ):
         data = {"train_data_dir": dit_files / "images", "output_dir": tmp_path / "out"}

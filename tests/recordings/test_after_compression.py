@@ -62,7 +62,9 @@ def test_a_size_is_healed_on_recordings_of_the_original(latte, tmp_path):
     assert before == {file: file.read_bytes() for file in (made / "ofa-recordings").rglob("*.safetensors")}
     plain = DiffusionPipeline.from_pretrained(tmp_path / "small")
     assert type(plain.transformer).__name__ == "OFALatteTransformer3DModel"
-    with pytest.raises(ValueError, match="was recorded of another model: its weights is SHA-256"):  # the checkpoint did not answer these
+    with pytest.raises(
+        ValueError, match="was recorded of another model: its weights is SHA-256"
+    ):  # the checkpoint did not answer these
         heal(latte, tmp_path / "other", *recorded[:2])
     assert not (tmp_path / "other").exists()
 
