@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
 
@@ -21,6 +20,7 @@ from ofadiff.denoisers.table import kind_of_pipeline, pipelines_in_words, traina
 from ofadiff.noise.choice import forward_process_of, make_noise_scheduler
 from ofadiff.noise.noisy_samples import ForwardProcess
 from ofadiff.sizes import CONFIG_NAME
+from ofadiff.storage.model_classes import model_class
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,14 @@ def read_original(
             f"{name} is a {index['_class_name']}; expected {pipelines_in_words(kinds)}; it has a {', a '.join(parts)}"
         )
     kind, component = found
+    denoiser_class = _denoiser_class(kind)
     with _loading(name, kinds):
         folder = Path(name)
         if not folder.is_dir():
             options = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
             folder = Path(DiffusionPipeline.download(name, **options))
         scheduler = DDPMScheduler.load_config(folder, subfolder="scheduler")
-        denoiser = _empty_model(getattr(diffusers, kind.model), folder / component)
+        denoiser = _empty_model(denoiser_class, folder / component)
         vae = _empty_model(_autoencoder_class(folder / "vae"), folder / "vae") if index.get("vae") else None
     original = Original(name, folder, variant, kind, component, denoiser, vae, scheduler)
     _check_channels(original)
@@ -235,10 +236,21 @@ def _loading(name: str, kinds: Sequence[DenoiserKind]) -> Iterator[None]:
         raise cannot_load(name, pipelines_in_words(kinds), error) from error
 
 
-def _empty_model(model_class: Any, folder: Path) -> ModelMixin:
+def _denoiser_class(kind: DenoiserKind) -> Any:
+    """Raises ValueError unless it is in diffusers or in `MODEL_CLASSES`."""
+    found = model_class(kind.model)
+    if found is None:
+        raise ValueError(
+            f"there is no class {kind.model!r}; it must be one of diffusers or in MODEL_CLASSES of "
+            "ofadiff.storage.model_classes"
+        )
+    return found
+
+
+def _empty_model(cls: Any, folder: Path) -> ModelMixin:
     """A model without its weights."""
     with torch.device("meta"):
-        return model_class.from_config(model_class.load_config(folder))
+        return cls.from_config(cls.load_config(folder))
 
 
 def _autoencoder_class(folder: Path) -> Any:

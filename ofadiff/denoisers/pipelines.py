@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
+import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -75,9 +78,42 @@ def class_of_component(library: str, name: str) -> Any:
     """The class that a pipeline's `model_index.json` names for a component; None if it is not of diffusers or known
     here.
     """
-    # A few lie beside their pipeline, whose module is named then.
-    of_diffusers = library == "diffusers" or find_spec(f"{PIPELINES}{library}") is not None
-    return model_class(name) if of_diffusers or name in MODEL_CLASSES else None
+    return model_class(name) if name in MODEL_CLASSES or _is_of_diffusers(library) else None
+
+
+def check_found_by_diffusers(folder: Path, component: str, denoiser: type[ModelMixin]) -> None:
+    """Checks that diffusers will find the class that a pipeline's `model_index.json` names for its denoiser.
+
+    Args:
+        folder: The pipeline's folder.
+        component: What the pipeline calls the denoiser.
+        denoiser: The denoiser's class.
+
+    Raises:
+        ValueError: If the module that is named is not imported, or lacks the class or `ModelMixin`.
+    """
+    index = folder / "model_index.json"
+    library, name = json.loads(index.read_text(encoding="utf-8"))[component]
+    if library is None or _is_of_diffusers(library):
+        return
+    module = sys.modules.get(library)
+    named = f"{index} names {name} of the module {library!r} for its {component}"
+    own = stock_class(denoiser).__module__
+    if getattr(module, name, None) is None:
+        lacks = "is not imported" if module is None else "has no such class"
+        where = "import it first" if own == library else f"the class is in {own!r}, so write that in its place"
+        raise ValueError(f"{named}, which {lacks}; {where}")
+    if getattr(module, "ModelMixin", None) is None:
+        raise ValueError(
+            f"{named}, which lacks ModelMixin; diffusers looks for it beside the class, so have that module import it: "
+            "`from diffusers import ModelMixin`"
+        )
+
+
+def _is_of_diffusers(library: str) -> bool:
+    """Whether a module that `model_index.json` names is diffusers, or the module of one of its pipelines."""
+    # A few denoisers lie beside their pipeline, whose module is named then.
+    return library == "diffusers" or ("." not in library and find_spec(f"{PIPELINES}{library}") is not None)
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING
 from diffusers.utils import convert_unet_state_dict_to_peft
 
@@ -84,6 +85,36 @@ class ExtractedModel:
         if push_to_hub:
             upload(self, folder.name, variant, kwargs)
 
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Builds the stock model and shrinks it to the widths in the config.
+
+        Raises:
+            ValueError: If the config carries no widths, or widths that do not fit the model's channel groups.
+        """
+        if isinstance(config, (str, Path)):
+            config = cls.load_config(config)  # type: ignore[attr-defined]
+        config = dict(config)
+        if WIDTHS_KEY not in config:
+            stock = cls.__name__.removeprefix(PREFIX)
+            raise ValueError(f"the config has no {WIDTHS_KEY!r}, so it is no extracted model; load it as {stock}")
+        widths = config.pop(WIDTHS_KEY)
+        model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)  # type: ignore[misc]
+        # Groups that the supernet left out stay at full width.
+        groups = [group for group in find_channel_groups(model) if group.name in widths]
+        check_widths(groups, widths)
+        shrink_model(model, groups, widths)
+        model.register_to_config(**{WIDTHS_KEY: widths})
+        return (model, unused) if return_unused_kwargs else model
+
+
+class AdaptableExtractedModel:
+    """What an extracted model adds to a stock class that peft's adapters can be put into."""
+
+    config: Any
+    ofa_basis: dict[str, torch.Tensor] | None
+    _stock_class: type[ModelMixin]
+
     def load_lora_adapter(
         self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = "transformer", **kwargs: Any
     ) -> Any:
@@ -110,36 +141,14 @@ class ExtractedModel:
         }
         if adapter and not any("lora_A" in key for key in adapter):
             adapter = convert_unet_state_dict_to_peft(adapter)
-        stock, widths = self._stock_class, self.config[WIDTHS_KEY]  # type: ignore[attr-defined]
-        groups = groups_of(stock, self.config, widths)  # type: ignore[attr-defined]
+        stock, widths = self._stock_class, self.config[WIDTHS_KEY]
+        groups = groups_of(stock, self.config, widths)
         adapter = convert_lora_state_dict(adapter, groups, widths, self.ofa_basis)
         adapter = {f"{dotted}{key}": tensor for key, tensor in adapter.items()}
         with warnings.catch_warnings():
             # peft gives a LoRA to layers of dropped branches too, which have nothing to initialise.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
             return super().load_lora_adapter(adapter, prefix=prefix, **kwargs)  # type: ignore[misc]
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Builds the stock model and shrinks it to the widths in the config.
-
-        Raises:
-            ValueError: If the config carries no widths, or widths that do not fit the model's channel groups.
-        """
-        if isinstance(config, (str, Path)):
-            config = cls.load_config(config)  # type: ignore[attr-defined]
-        config = dict(config)
-        if WIDTHS_KEY not in config:
-            stock = cls.__name__.removeprefix(PREFIX)
-            raise ValueError(f"the config has no {WIDTHS_KEY!r}, so it is no extracted model; load it as {stock}")
-        widths = config.pop(WIDTHS_KEY)
-        model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)  # type: ignore[misc]
-        # Groups that the supernet left out stay at full width.
-        groups = [group for group in find_channel_groups(model) if group.name in widths]
-        check_widths(groups, widths)
-        shrink_model(model, groups, widths)
-        model.register_to_config(**{WIDTHS_KEY: widths})
-        return (model, unused) if return_unused_kwargs else model
 
 
 def extracted_class(cls: type[ModelMixin]) -> type[ModelMixin]:
@@ -164,7 +173,8 @@ def _extracted_class(stock: type[ModelMixin]) -> type[ModelMixin]:
     # diffusers looks up by the class' name how weights of adapters that differ from block to block are meant.
     if stock.__name__ in _SET_ADAPTER_SCALE_FN_MAPPING:
         _SET_ADAPTER_SCALE_FN_MAPPING[name] = _SET_ADAPTER_SCALE_FN_MAPPING[stock.__name__]
-    return StandIn(name, (ExtractedModel, stock), namespace)
+    adapters = (AdaptableExtractedModel,) if issubclass(stock, PeftAdapterMixin) else ()
+    return StandIn(name, (ExtractedModel, *adapters, stock), namespace)
 
 
 # Methods of diffusers models that cannot be right on an extracted model, and why.
@@ -193,11 +203,16 @@ def empty_extracted_model(stock: type[ModelMixin], config: dict[str, Any], width
     """An extracted model in eval mode whose parameters are on the meta device, its buffers made."""
     cls = extracted_class(stock)
     with init_empty_weights(include_buffers=False):
-        return cls.from_config({**config, "_class_name": cls.__name__, WIDTHS_KEY: dict(widths)}).eval()
+        return cls.from_config({**_values(config), "_class_name": cls.__name__, WIDTHS_KEY: dict(widths)}).eval()
 
 
 def groups_of(stock: type[ModelMixin], config: Any, widths: Mapping[str, int]) -> list[ChannelGroup]:
     """The channel groups that `widths` names, of the full-size model of a config."""
     with init_empty_weights(include_buffers=False):
-        groups = find_channel_groups(stock.from_config(config))
+        groups = find_channel_groups(stock.from_config(_values(config)))
     return [group for group in groups if group.name in widths]
+
+
+def _values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the list of values that diffusers leaves to the defaults: positional arguments are in it."""
+    return {name: value for name, value in config.items() if name != "_use_default_values"}

@@ -7,10 +7,19 @@ import json
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDPMPipeline, ImagePipelineOutput
+from diffusers import (
+    DDPMPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
 
 from ofadiff.denoisers.pipelines import class_count
+from ofadiff.denoisers.table import kind_of_model
+from ofadiff.supernet_model import unwrapped
 
 
 class ClassConditionalDDPMPipeline(DDPMPipeline):
@@ -20,13 +29,18 @@ class ClassConditionalDDPMPipeline(DDPMPipeline):
     components.
 
     Args:
-        unet: A `UNet2DModel` whose config has `num_class_embeds`, or a `DiTTransformer2DModel`.
+        unet: A `UNet2DModel` whose config has `num_class_embeds`, a `DiTTransformer2DModel`, or a model of
+            one's own with an entry in `DENOISERS`.
         scheduler: A diffusers scheduler.
 
     Example:
         >>> pipeline = ClassConditionalDDPMPipeline(unet, DDIMScheduler())
         >>> images = pipeline(class_labels=[3, 5], num_inference_steps=50).images
     """
+
+    # diffusers' `from_pipe` takes over the two that are named, and loading is content with any model.
+    def __init__(self, unet: UNet2DModel | DiTTransformer2DModel | ModelMixin, scheduler: SchedulerMixin) -> None:
+        super().__init__(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
     def __call__(
@@ -50,13 +64,14 @@ class ClassConditionalDDPMPipeline(DDPMPipeline):
             The images.
 
         Raises:
-            ValueError: If labels are missing or out of range, or `output_type` is none of the three.
+            ValueError: If labels are missing or out of range, the number of classes is not known, or `output_type` is
+                none of the three.
         """
         config = self.unet.config
         labels = torch.as_tensor(class_labels, dtype=torch.long, device=self._execution_device)
         if labels.ndim != 1 or len(labels) == 0:
             raise ValueError(f"class_labels have shape {tuple(labels.shape)}; it must be (N,), one label per image")
-        classes = class_count(self.unet)
+        classes = _count_classes(unwrapped(self.unet))
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"class_labels are {labels.tolist()}; each must lie in [0, {classes})")
         if output_type not in ("pil", "np", "pt"):
@@ -90,3 +105,19 @@ class ClassConditionalDDPMPipeline(DDPMPipeline):
         """The generator, for schedulers whose step draws noise."""
         accepts = "generator" in inspect.signature(self.scheduler.step).parameters
         return {"generator": generator} if accepts else {}
+
+
+def _count_classes(denoiser: ModelMixin) -> int:
+    """How many classes a denoiser knows. Raises ValueError if nothing says so, or it has no classes."""
+    classes, name = class_count(denoiser), type(denoiser).__name__
+    if classes is not None:
+        return classes
+    if kind_of_model(denoiser) is None:
+        raise ValueError(
+            f"how many classes a {name} has is not known; DENOISERS of ofadiff.denoisers must have an entry for it "
+            "that says so, a DenoiserKind with classes="
+        )
+    raise ValueError(
+        f"this {name} has no fixed number of classes; it must be conditioned on classes, as a UNet2DModel with "
+        "num_class_embeds is"
+    )

@@ -23,7 +23,7 @@ from diffusers import (
     ModelMixin,
 )
 
-from ofadiff.denoisers.pipelines import class_count
+from ofadiff.denoisers.pipelines import check_found_by_diffusers, class_count
 from ofadiff.extraction.extracted_model import WIDTHS_KEY, ExtractedModel
 from ofadiff.extraction.reader import load_extracted
 from ofadiff.layers import cut_once
@@ -77,7 +77,8 @@ class OFAPipeline:
             An instance of the checkpoint's own pipeline class that is an `OFAPipeline` too.
 
         Raises:
-            ValueError: If the checkpoint is no OFA checkpoint, has no such size, or an argument cannot work with it.
+            ValueError: If the checkpoint is no OFA checkpoint, has no such size, names a module without the denoiser's
+                class, or an argument cannot work with it.
 
         Example:
             >>> OFAPipeline.from_pretrained("my-ofa-checkpoint", size=0.6, torch_dtype=torch.bfloat16)
@@ -90,6 +91,8 @@ class OFAPipeline:
         directory = local_folder(pretrained_model_name_or_path, kwargs)
         names = find_denoisers(directory)
         _check_denoisers_not_passed(names, kwargs)
+        for name in names:
+            check_found_by_diffusers(directory, name, denoiser_class(directory / name))
         tables = {name: SizeTable.from_dict(read_ofa_config(directory / name)) for name in names}
         dtypes: Any = kwargs.get("dtype") or kwargs.get("torch_dtype")
         denoisers = {}

@@ -53,7 +53,7 @@ def denoiser_class(directory: str | Path) -> type[ModelMixin]:
     if stock is None:
         raise ValueError(
             f"{path} names the class {name!r}, which is no diffusers model; a class of your own has to be in "
-            "MODEL_CLASSES of ofadiff.storage.model_classes"
+            "MODEL_CLASSES of ofadiff.storage.model_classes, or to be given to Supernet.from_pretrained as model="
         )
     return stock
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from diffusers.models.normalization import RMSNorm
 from torch import nn
@@ -86,14 +87,22 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, RMSNorm)
 def check_processor(attn: nn.Module) -> None:
     """Raises UnsupportedBlockError unless the processor is made for such an attention and has no weights of its own.
 
-    Projections that are fused are refused too: the processor then reads others than those that would be cut.
+    An attention without one, whose own forward attends, passes. Projections that are fused are refused too: the
+    processor then reads others than those that would be cut.
     """
     if vars(attn).get("fused_projections"):
         raise UnsupportedBlockError("its projections are fused; call unfuse_qkv_projections() first")
-    processor = type(attn.processor)
+    if processor_of(attn) is None:
+        return
+    processor = type(processor_of(attn))
     known = processor.__module__ == type(attn).__module__ or processor.__name__ in WHOLE_HEADS
     if not known or issubclass(processor, nn.Module):
         raise UnsupportedBlockError(f"its processor {processor.__name__} is none of {type(attn).__name__}'s own")
+
+
+def processor_of(attn: nn.Module) -> Any:
+    """An attention's processor; None where it has none, because its own forward attends."""
+    return vars(attn).get("processor", attn._modules.get("processor"))
 
 
 def key_heads(attn: nn.Module, head_dim: int) -> int:

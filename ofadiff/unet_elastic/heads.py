@@ -28,6 +28,7 @@ from ofadiff.unet_elastic.attention_layers import (
     check_processor,
     key_heads,
     layers_of,
+    processor_of,
     scale_attributes,
     width_of,
 )
@@ -90,7 +91,7 @@ def head_group(
     full = {attribute: state[attribute] for attribute in WIDTHS if attribute in state}
     resize: Resize = partial(scale_attributes, full={**full, **(more or {})})
     outputs = [layer for layer in OUTPUTS if layer in layers_of(attn)]
-    can_drop = type(attn.processor).__name__ not in NOT_DROPPABLE and set(outputs) <= DROPPABLE_OUTPUTS
+    can_drop = type(processor_of(attn)).__name__ not in NOT_DROPPABLE and set(outputs) <= DROPPABLE_OUTPUTS
     if can_drop:
         resize = droppable(resize, type(attn))
     return ChannelGroup(name, attention_kind(name, attn), stage, tuple(slices), resize, can_drop)
