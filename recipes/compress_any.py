@@ -18,15 +18,21 @@ def compress(
     model: runs.Model,
     calls: runs.Calls = runs.Calls(),
     data: runs.Data = runs.Data(),
+    captions: runs.Captions = runs.Captions(),
+    classes: runs.Classes = runs.Classes(),
     output: runs.Output,
     compression: runs.Compression = runs.Compression(),
     losses: runs.Losses = runs.Losses(),
     optimization: runs.Optimization = runs.Optimization(),
     watching: runs.Watching = runs.Watching(),
 ) -> runs.TrainingResult:
-    """Compress a pipeline of any class to several sizes in one joint training run, on recordings of its own calls."""
-    bundles = {"calls": calls, "compression": compression, "losses": losses}
-    settings = runs.RunSettings(model, data, output, **bundles, optimization=optimization, watching=watching)
+    """Compress a pipeline of any class to several sizes in one joint training run, on recordings of its own calls.
+
+    Images may be mixed in where the pipeline can be trained on them as well.
+    """
+    training = {"losses": losses, "optimization": optimization, "watching": watching}
+    given = {"captions": captions, "classes": classes, "calls": calls, "compression": compression, **training}
+    settings = runs.RunSettings(model, data, output, **given)
 
     # The original: its pipeline samples the calls, and what its denoiser answered in them is what will be learnt.
     run = runs.start_recorded(settings)

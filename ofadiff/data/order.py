@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
+from ofadiff.data.mixed_samples import MixedSamples
 from ofadiff.recordings.samples import RecordedSamples
 
 Key = tuple[int, int]
@@ -92,7 +93,7 @@ def step_batches(
 
 def load_batches(data: Samples, batches: Iterable[Sequence[Key]], num_workers: int = 0) -> DataLoader[dict[str, Any]]:
     """Loads batches of keys, in order; each is a dict of tensors with the samples stacked, or of recorded calls."""
-    collate = data.collate if isinstance(data, RecordedSamples) else None
+    collate = data.collate if isinstance(data, RecordedSamples | MixedSamples) else None
     return DataLoader(
         data,
         batch_sampler=batches,

@@ -65,6 +65,18 @@ def prepare_recorded(batch: Batch, channels: int | None = None) -> list[Denoiser
     return prepared
 
 
+def prepare_mixed(batch: Batch, recorded: Prepare, images: Prepare) -> list[DenoiserInputs]:
+    """Inputs of a denoiser that is trained on recorded calls and on images.
+
+    Args:
+        batch: What `MixedSamples` give.
+        recorded: Prepares the recorded calls, such as `prepare_recorded`.
+        images: Prepares a batch of images.
+    """
+    prepared = [*parts_of(recorded(batch))]
+    return [*prepared, *parts_of(images(batch["images"]))] if "images" in batch else prepared
+
+
 def prepare_batch(
     batch: Batch,
     kind: DenoiserKind,

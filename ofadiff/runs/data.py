@@ -124,7 +124,9 @@ def source_of(data: Data) -> str:
 def trained_on(settings: RunSettings) -> str:
     """What a run was trained on, in words."""
     calls = settings.calls
-    return f"recordings of {calls.calls_file or calls.recordings_dir}" if calls.given else source_of(settings.data)
+    images = source_of(settings.data)
+    recordings = f"recordings of {calls.calls_file or calls.recordings_dir}"
+    return images if not calls.given else f"{recordings} and {images}" if images else recordings
 
 
 def _cache(settings: RunSettings) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from ofadiff.data import order
+from ofadiff.data.mixed_samples import MixedSamples
 from ofadiff.denoisers.copies import copy_in
 from ofadiff.denoisers.original import (
     Original,
@@ -19,8 +21,9 @@ from ofadiff.denoisers.original import (
     cannot_load,
     check_not_compressed,
     read_any_original,
+    read_original,
 )
-from ofadiff.denoisers.prepare import prepare_recorded
+from ofadiff.denoisers.prepare import prepare_mixed, prepare_recorded
 from ofadiff.denoisers.recorded import answered_channels
 from ofadiff.dtypes import PRECISIONS
 from ofadiff.pipelines.calls import check_calls, described, parsed_value, read_calls
@@ -31,7 +34,7 @@ from ofadiff.recordings.joining import can_be_joined
 from ofadiff.recordings.samples import RecordedSamples
 from ofadiff.runs.checks import begin
 from ofadiff.runs.data import RunData
-from ofadiff.runs.run import Run, check_run, with_defaults_of
+from ofadiff.runs.run import Run, build_inputs, check_run, with_defaults_of
 from ofadiff.runs.settings import Calls, RunSettings
 from ofadiff.runs.size_checks import check_sizes
 from ofadiff.sizes import CONFIG_NAME, SizeTable
@@ -172,7 +175,12 @@ def start_recorded(settings: RunSettings) -> Run:
     check_not_compressed(model.pretrained_model_name_or_path, calls.component)
     where = model.revision, model.variant, model.cache_dir
     original = read_any_original(model.pretrained_model_name_or_path, calls.component, *where)
-    settings = with_defaults_of(settings, original)
+    mixed = None
+    if settings.data.train_data_dir is not None or settings.data.dataset_name is not None:
+        mixed = read_original(model.pretrained_model_name_or_path, None, *where)
+        if mixed.component != original.component:
+            raise ValueError(f"images train the {mixed.component} of {original.name}, not its {original.component}")
+    settings = with_defaults_of(settings, original, None if mixed is None else mixed.kind)
     if settings.compression.criterion == "taylor":
         raise ValueError(
             "--criterion taylor ranks by the loss, which is zero against the original's own answers; choose sensitivity"
@@ -181,7 +189,22 @@ def start_recorded(settings: RunSettings) -> Run:
     check_sizes_of_others(settings, original)
     if calls.calls_file is not None:
         checked_calls(original, calls)
-    return build_recorded(settings, accelerator, original, checkpoint)
+    run = build_recorded(settings, accelerator, original, checkpoint)
+    return run if mixed is None else with_images(run, mixed)
+
+
+def with_images(run: Run, original: Original) -> Run:
+    """A run on recordings with images among its training samples; it is still ranked and validated on recordings.
+
+    Raises:
+        ValueError: If the images cannot be read, or do not fit the model.
+    """
+    _, images, prepare_images, _ = build_inputs(run.settings, run.accelerator, original)
+    recorded = run.data.training
+    assert isinstance(recorded, RecordedSamples)
+    prepare = functools.partial(prepare_mixed, recorded=run.prepare, images=prepare_images)
+    data = RunData(MixedSamples(recorded, images.training), run.data.validation)
+    return dataclasses.replace(run, data=data, prepare=prepare)
 
 
 def check_sizes_of_others(settings: RunSettings, original: Original) -> None:

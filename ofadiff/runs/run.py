@@ -97,18 +97,38 @@ def check_run(settings: RunSettings, accelerator: Accelerator, original: Origina
     check_sizes(settings.compression, original.denoiser, counted=original.kind.condition != CALLS)
 
 
-def with_defaults_of(settings: RunSettings, original: Original) -> RunSettings:
+def with_defaults_of(settings: RunSettings, original: Original, images: DenoiserKind | None = None) -> RunSettings:
     """Settings with what training of this kind needs where nothing was asked for.
+
+    Args:
+        settings: What was asked for.
+        original: Its kind says what training needs.
+        images: The kind that it is where images are mixed into recordings.
 
     Raises:
         ValueError: If there are flags that such a model has not.
     """
-    settings.check_condition(original.kind, original.name)
-    return settings.with_defaults({**DEFAULTS, **original.kind.training_defaults})
+    settings.check_condition(original.kind, original.name, images)
+    defaults = {**DEFAULTS, **original.kind.training_defaults}
+    if images is not None and "resolution" in images.training_defaults:
+        defaults["resolution"] = images.training_defaults["resolution"]
+    return settings.with_defaults(defaults)
 
 
 def build(settings: RunSettings, accelerator: Accelerator, original: Original, checkpoint: Path | None) -> Run:
     """Loads data and models. Raises ValueError if something the user gave cannot work."""
+    pipeline, data, prepare, encode = build_inputs(settings, accelerator, original)
+    denoiser = pipeline.components[original.component]
+    teacher = copy_in(denoiser, PRECISIONS[accelerator.mixed_precision]).requires_grad_(False)
+    if original.kind.begin_training is not None:
+        original.kind.begin_training(denoiser)
+    return Run(settings, accelerator, original, denoiser, data, prepare, teacher, checkpoint, pipeline, encode)
+
+
+def build_inputs(
+    settings: RunSettings, accelerator: Accelerator, original: Original
+) -> tuple[DiffusionPipeline, RunData, Prepare, Encoder]:
+    """The pipeline, its images, what makes inputs of them, and its frozen half. Raises ValueError as `build`."""
     kind, config, losses = original.kind, original.denoiser.config, settings.losses
     forward_process = original.forward_process(losses.snr_gamma, losses.noise_offset)
     precision = PRECISIONS[accelerator.mixed_precision]
@@ -118,8 +138,6 @@ def build(settings: RunSettings, accelerator: Accelerator, original: Original, c
 
     # The frozen parts; with cached latents the encoders leave the device once everything is encoded.
     pipeline = original.load()
-    denoiser = pipeline.components[original.component]
-    teacher = copy_in(denoiser, precision).requires_grad_(False)
     null_class = None if kind.null_class is None else kind.null_class(config)
     encode = Encoder(pipeline, kind, null_class, settings.classes.class_dropout_prob)
     for module in encode.modules:
@@ -135,9 +153,7 @@ def build(settings: RunSettings, accelerator: Accelerator, original: Original, c
         forward_process=forward_process,
         encode=encode if cache is None else None,
     )
-    if kind.begin_training is not None:
-        kind.begin_training(denoiser)
-    return Run(settings, accelerator, original, denoiser, data, prepare, teacher, checkpoint, pipeline, encode)
+    return pipeline, data, prepare, encode
 
 
 def freeze_in(module: nn.Module, precision: torch.dtype) -> None:

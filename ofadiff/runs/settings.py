@@ -321,6 +321,12 @@ class Output(Bundle):
 ONLY_FOR = {"captions": CAPTIONS, "classes": CLASSES, "calls": CALLS}
 FLAGS_ONLY_FOR = {"validation_prompts": CAPTIONS, "num_validation_images": CLASSES}
 
+# What has no meaning for images that are mixed into recordings: nothing is drawn, no teacher is there.
+NOT_FOR_MIXED = (
+    *("distill_weight", "guidance_scale", "validation_inference_steps", "validation_prompts", "num_validation_images"),
+    *("importance_loss_threshold", "streaming"),
+)
+
 # What has no meaning for recordings, where noise, timesteps and answers are what they were.
 NOT_FOR_CALLS = (
     *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column", "resolution"),
@@ -363,20 +369,24 @@ class RunSettings:
                 changed[each.name] = dataclasses.replace(bundle, **chosen)
         return dataclasses.replace(self, **changed)
 
-    def check_condition(self, kind: DenoiserKind, name: str) -> None:
+    def check_condition(self, kind: DenoiserKind, name: str, images: DenoiserKind | None = None) -> None:
         """Raises ValueError for a flag that was given and that this kind of denoiser has not.
 
         Args:
             kind: Kind of the denoiser.
             name: Name of the model, for the error.
+            images: The kind that it is where images are mixed into recordings.
         """
+        conditions = (None, kind.condition, images.condition if images is not None else None)
         for each in dataclasses.fields(self):
             bundle = getattr(self, each.name)
             for own in () if bundle is None else dataclasses.fields(bundle):
                 condition = FLAGS_ONLY_FOR.get(own.name, ONLY_FOR.get(each.name))
                 if getattr(bundle, own.name) == own.default:
                     continue
-                if condition not in (None, kind.condition):
+                if images is not None and own.name in NOT_FOR_MIXED:
+                    raise ValueError(f"--{own.name} is not for runs that mix images into recordings")
+                if condition not in conditions:
                     raise ValueError(f"--{own.name} is for {CONDITIONS[condition]} only; {name} is none")
-                if kind.condition == CALLS and own.name in NOT_FOR_CALLS:
+                if kind.condition == CALLS and images is None and own.name in NOT_FOR_CALLS:
                     raise ValueError(f"--{own.name} is for models that are trained on images; this run has recordings")

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list, send_to_device
 from ofadiff.allocation import allocate, ladders
 from ofadiff.channels import ChannelGroup
 from ofadiff.data.captioned_stream import TextToImageStream
+from ofadiff.data.mixed_samples import MixedSamples
 from ofadiff.data.order import fixed_batches
 from ofadiff.denoisers.copies import copy_in
 from ofadiff.dtypes import PRECISIONS
@@ -50,6 +51,8 @@ def score(run: Run, groups: Sequence[ChannelGroup]) -> dict[str, torch.Tensor]:
     batch_size = compression.importance_batch_size or optimization.train_batch_size
     training, count = run.data.training, compression.importance_samples
     data = training.first(count) if isinstance(training, TextToImageStream) else training
+    # Images have losses, answers have none: what is ranked by is the answers.
+    data = data.recorded if isinstance(data, MixedSamples) else data
     batches: Iterable[Batch] = fixed_batches(data, count, batch_size, optimization.seed, "importance", *share)
     if run.recordings is not None:
         batches = ({**batch, "parts": [part]} for batch in batches for part in batch["parts"])
