@@ -86,10 +86,12 @@ def compare(*, study: Study = Study()) -> dict[str, dict[str, float]]:
     loss = functools.partial(held_out_loss, batches=batches, scheduler=scheduler)
     original = UNet2DModel.from_pretrained(folder / "teacher" / "unet").eval()
     results = {"teacher": {"loss": loss(original)}}
-    teacher = ClassConditionalDDPMPipeline(original, DPMSolverMultistepScheduler.from_config(scheduler.config))
+    # As it was saved: a configuration that was not leaves out what were defaults, and another class has others.
+    saved = DDPMScheduler.from_pretrained(folder / "teacher" / "scheduler")
+    teacher = ClassConditionalDDPMPipeline(original, DPMSolverMultistepScheduler.from_config(saved.config))
     for name in ("images", "recordings", "images cut", "recordings cut"):
         pipeline = OFAPipeline.from_pretrained(folder / name.replace(" ", "-"))
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(saved.config)
         options = {"num_inference_steps": demo.INFERENCE_STEPS, "extractor": demo.EXTRACTOR, "metrics": ["fid", "psnr"]}
         options |= {"num_samples": study.num_samples, "batch_size": 100, "seed": study.seed, "progress": False}
         report = evaluate(pipeline, reference=demo.as_uint8(unseen), teacher=teacher, **options)
@@ -138,7 +140,7 @@ def run_all(folder: Path, study: Study) -> None:
                 data = runs.Data(train_data_dir=str(folder / "digits"), validation_fraction=demo.VALIDATION_FRACTION)
                 run = runs.start(runs.RunSettings(model, data, output, **bundles))
             else:
-                recorded = {"recordings_dir": str(folder / "recordings"), "steps_per_call": study.steps_per_call}
+                recorded = {"recordings_dir": str(folder / "recorded-calls"), "steps_per_call": study.steps_per_call}
                 calls = runs.Calls(calls_file=str(folder / "calls.jsonl"), **recorded)
                 run = runs.start_recorded(runs.RunSettings(model, runs.Data(), output, calls=calls, **bundles))
             supernet = make_supernet(run)
