@@ -29,6 +29,7 @@ from ofadiff.evaluation.preparation import (
     missing_reference,
     open_stores,
     read_statistics,
+    sampling_of,
     shape_in_words,
     try_all,
 )
@@ -95,10 +96,11 @@ def evaluate(
     processes = Processes(accelerator)
     statistics = read_statistics(reference)
     candidates = list_candidates(pipeline, teacher, compare or {}, sizes)
-    asked = settings.arguments, settings.call_arguments, settings.calls
-    sampling = Sampling.of(pipeline, settings.seed, settings.num_inference_steps, *asked)
-    missing = missing_reference(reference is not None, statistics) | missing_needs(candidates, sampling, settings)
+    missing = missing_reference(reference is not None, statistics) | missing_needs(candidates, settings)
     names = choose_metrics(metrics, missing)
+    sampling = sampling_of(pipeline, settings)
+    for candidate in candidates if "images" not in missing else ():
+        sampling.check(candidate.source)
     instruments = make_instruments(pipeline.device, reference, statistics, names, settings, processes)
     budget = budget_of(pipeline, teacher, settings.recordings)
     evaluation = _Evaluation(

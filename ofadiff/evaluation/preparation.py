@@ -56,11 +56,24 @@ def missing_reference(given: bool, statistics: FeatureStatistics | None) -> dict
     return {}
 
 
-def missing_needs(candidates: Sequence[Candidate], sampling: Sampling, settings: EvaluationSettings) -> dict[str, str]:
+def sampling_of(pipeline: DiffusionPipeline, settings: EvaluationSettings) -> Sampling:
+    """How samples are drawn. Raises ValueError if a call cannot be made."""
+    asked = settings.arguments, settings.call_arguments, settings.calls
+    return Sampling.of(pipeline, settings.seed, settings.num_inference_steps, *asked)
+
+
+def has_prompts(settings: EvaluationSettings) -> bool:
+    """Whether every sample has a prompt."""
+    if settings.calls is None:
+        return "prompt" in (settings.arguments or {})
+    return all(isinstance(call if isinstance(call, str) else call.get("prompt"), str) for call in settings.calls)
+
+
+def missing_needs(candidates: Sequence[Candidate], settings: EvaluationSettings) -> dict[str, str]:
     """What metrics may need and cannot have, each with the reason.
 
     Raises:
-        ValueError: If a pipeline cannot be called as it is asked for, or recordings are of something else.
+        ValueError: If recordings are of something else.
     """
     missing = {}
     recordings = settings.recordings
@@ -69,15 +82,15 @@ def missing_needs(candidates: Sequence[Candidate], sampling: Sampling, settings:
     for candidate in candidates:
         if recordings is not None:
             check_same_model(recordings, type(candidate.source).__name__, candidate.component)
-        try:
-            sampling.check(candidate.source)
-        except ValueError as error:
-            if recordings is None or settings.arguments is not None or settings.calls is not None:
-                raise
-            missing["images"] = str(error)
+        if recordings is not None and settings.arguments is None and settings.calls is None:
+            # Recordings are enough for a report; samples are drawn of what needs no arguments.
+            try:
+                sampling_of(candidate.source, settings).check(candidate.source)
+            except ValueError as error:
+                missing["images"] = str(error)
     if not any(candidate.row.series == TEACHER for candidate in candidates):
         missing["teacher"] = "there is no teacher"
-    if "prompt" not in sampling.condition([0]):
+    if not has_prompts(settings):
         missing["prompts"] = "there are no prompts"
     for candidate in candidates:
         denoiser = candidate.source.components[candidate.component]

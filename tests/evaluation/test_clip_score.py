@@ -116,7 +116,7 @@ def no_sampling(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("sampled")
 
-    monkeypatch.setattr("ofadiff.evaluation.sampling.Sampling.draw", refuse)
+    monkeypatch.setattr("ofadiff.evaluation.sampling.Sampling.draw_frames", refuse)
 
 
 @pytest.mark.usefixtures("no_sampling")
