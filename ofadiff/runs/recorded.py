@@ -177,7 +177,13 @@ def start_recorded(settings: RunSettings) -> Run:
     original = read_any_original(model.pretrained_model_name_or_path, calls.component, *where)
     mixed = None
     if settings.data.train_data_dir is not None or settings.data.dataset_name is not None:
-        mixed = read_original(model.pretrained_model_name_or_path, None, *where)
+        try:
+            mixed = read_original(model.pretrained_model_name_or_path, None, *where)
+        except ValueError as error:
+            raise ValueError(
+                f"images (--train_data_dir, --dataset_name) are mixed into recordings of what can be trained on them; "
+                f"{error}"
+            ) from error
         if mixed.component != original.component:
             raise ValueError(f"images train the {mixed.component} of {original.name}, not its {original.component}")
     settings = with_defaults_of(settings, original, None if mixed is None else mixed.kind)

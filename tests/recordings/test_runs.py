@@ -69,7 +69,10 @@ def test_what_a_run_on_recordings_does_not_take_is_named(saved, load, tmp_path):
     for extra, message in [
         (["--criterion", "taylor"], "ranks by the loss, which is zero against the original's own answers"),
         (["--snr_gamma", "5"], "--snr_gamma is for models that are trained on images; this run has recordings"),
-        (["--train_data_dir", "images"], "--train_data_dir is for models that are trained on images"),
+        (
+            ["--train_data_dir", "images"],
+            r"images \(--train_data_dir, .* of what can be trained on them; .* is a LattePipeline",
+        ),
         (["--component", "vae"], "component is 'vae', which is no denoiser of this LattePipeline"),
         (["--call_arguments", "height"], "--call_arguments height: write NAME=VALUE"),
         (["--call_arguments", "hight=16"], "call 1 has the argument 'hight', which LattePipeline does not take"),
