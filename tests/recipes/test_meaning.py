@@ -10,6 +10,7 @@ from recipes.test_compress_ddpm import files, flags, run  # noqa: F401
 from ofadiff import Supernet
 from ofadiff.commands import command
 from ofadiff.runs import (
+    Calls,
     Captions,
     Classes,
     Compression,
@@ -26,7 +27,7 @@ from ofadiff.runs.settings import RunSettings
 
 pytestmark = pytest.mark.slow
 
-BUNDLES = (Captions, Classes, Compression, Data, Losses, Optimization, Watching)
+BUNDLES = (Calls, Captions, Classes, Compression, Data, Losses, Optimization, Watching)
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
