@@ -218,7 +218,7 @@ def test_stable_diffusion(run, files, tmp_path, rank):
         ({"lora_rank": None, "lora_alpha": 4}, "are for a LoRA; give its --lora_rank"),
         ({"lora_rank": None, "overwrite": True}, "checkpoint holds all sizes; give another folder for this one"),
         ({"train_data_dir": "nowhere"}, "nowhere is not a folder"),
-        ({"validation_prompts": "a house"}, "--validation_prompts is for text-to-image models that are trained on images only"),
+        ({"validation_prompts": "a house"}, "--validation_prompts is for text-to-image models that are trained"),
         ({"pretrained_model_name_or_path": "/no/such/folder"}, "neither a folder nor the name of a hub repository"),
         ({"teacher_model_name_or_path": "/no/such/folder"}, "cannot load /no/such/folder, expected a pipeline with"),
     ],
