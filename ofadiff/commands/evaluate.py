@@ -25,8 +25,8 @@ from ofadiff.evaluation.metrics.clip_scorer import DEFAULT_CLIP
 from ofadiff.evaluation.metrics.extractors import find_extractor
 from ofadiff.evaluation.preparation import missing_reference, read_statistics
 from ofadiff.evaluation.saved_images import PROTOCOL_NAME
-from ofadiff.pipelines.calls import read_calls, read_located_calls
-from ofadiff.recordings.folder import Recordings
+from ofadiff.pipelines.calls import read_located_calls
+from ofadiff.recordings.folder import Recordings, read_description
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import read_ofa_config
 from ofadiff.storage.pipeline_folder import find_denoisers
@@ -243,7 +243,7 @@ def check(
     if samples.calls_file is not None:
         if samples.prompts_file is not None:
             raise ValueError("--prompts_file and --calls_file exclude each other")
-        read_calls(samples.calls_file)
+        read_located_calls(samples.calls_file)
     elif samples.prompts_file is None:
         missing["prompts"] = "there are no prompts; give --prompts_file"
     else:
@@ -251,7 +251,7 @@ def check(
     if samples.recordings_dir is None:
         missing["recordings"] = "there are no recordings; give --recordings_dir"
     else:
-        Recordings(samples.recordings_dir)
+        read_description(Path(samples.recordings_dir))
     names = choose_metrics(measured.metrics, missing)
     if any("reference" in METRICS[name].needs for name in names):
         extractor = find_extractor(reference.extractor)

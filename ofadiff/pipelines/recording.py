@@ -91,8 +91,8 @@ def record(
         raise ValueError(f"steps_per_call is {steps_per_call}; it must be at least 1")
     checked = check_calls(type(pipeline), calls, arguments, image_dir)
     name = find_component(pipeline.components, component, type(pipeline).__name__)
-    denoiser: Any = pipeline.components[name]
-    check_largest(pipeline, name, checked)
+    denoiser: Any = unwrapped(pipeline.components[name])
+    check_largest(denoiser, name, checked)
     folder = Path(output_dir)
     description = {
         "pipeline": type(pipeline).__name__,
@@ -107,7 +107,7 @@ def record(
     }
     prepare_folder(folder, description)
     state = PartialState()
-    _record_share(pipeline, denoiser, checked, folder, description, max_bytes, progress, state)
+    _record_share(pipeline, pipeline.components[name], checked, folder, description, max_bytes, progress, state)
     state.wait_for_everyone()
     recordings = Recordings(folder)
     if recordings.missing:
@@ -119,9 +119,8 @@ def record(
     return recordings
 
 
-def check_largest(pipeline: Any, component: str, calls: Sequence[Mapping[str, Any]]) -> None:
+def check_largest(denoiser: Any, component: str, calls: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError if a denoiser with sizes would be recorded at a smaller one than its largest."""
-    denoiser = unwrapped(pipeline.components[component])
     if not isinstance(denoiser, SupernetModel) or denoiser.ofa_state is None:
         return
     supernet = Supernet.of(denoiser)

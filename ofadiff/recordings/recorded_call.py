@@ -105,9 +105,13 @@ def time_argument(parameters: tuple[str, ...]) -> str | None:
 
 
 def parameters_of(model: nn.Module) -> tuple[str, ...]:
-    """Names of a forward's parameters that can be given by position, in order, then those by name alone."""
+    """Names of a forward's parameters that can be given by position, in order, then those by name alone.
+
+    They are its class's: hooks of accelerate and diffusers put another `forward` on the instance.
+    """
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return tuple(name for name, each in inspect.signature(model.forward).parameters.items() if each.kind in kinds)
+    parameters = inspect.signature(type(model).forward).parameters
+    return tuple(name for name, each in parameters.items() if each.kind in kinds and name != "self")
 
 
 def answer_of(output: Any) -> Answer:

@@ -9,6 +9,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook as AcceleratorHook
+from accelerate.hooks import add_hook_to_module
+from diffusers.hooks.hooks import HookRegistry, ModelHook
 from recordings.tiny_pipelines import CALLS, COMPONENT, PIPELINES
 from safetensors.torch import load_file
 
@@ -69,6 +72,29 @@ def test_both_halves_of_guidance_are_kept(record):
     assert not torch.equal(first.kwargs["encoder_hidden_states"], second.kwargs["encoder_hidden_states"])
     together = record("latte", folder="together", steps_per_call=1)  # one call with both
     assert {call.rows for call in together} == {2}
+
+
+def with_hook(denoiser):
+    HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(ModelHook(), "nothing")
+    return denoiser
+
+
+def with_forward_of_accelerate(denoiser):
+    add_hook_to_module(denoiser, AcceleratorHook())
+    return denoiser
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda denoiser: torch.compile(denoiser, backend="eager"), with_hook, with_forward_of_accelerate]
+)
+def test_a_wrapped_denoiser_is_recorded_as_what_it_is(wrap, record, load):
+    bare = record("wan", steps_per_call=1)
+    pipeline = load("wan")
+    pipeline.transformer = wrap(pipeline.transformer)
+    wrapped = record("wan", pipeline=pipeline, folder="wrapped", steps_per_call=1)
+    assert wrapped.description == bare.description and len(wrapped) == len(bare) == 2 * len(CALLS["wan"])
+    for one, other in zip(wrapped, bare, strict=True):
+        torch.testing.assert_close(one.answer, other.answer)
 
 
 def test_what_stays_within_a_call_is_kept_once(record):
