@@ -20,14 +20,37 @@ OWN = (
 )
 
 
+# What says how large a sample is; samples of one report are compared, so they are of one size.
+SHAPES = ("height", "width", "num_frames", "video_length")
+
+
 def check_one_sample(calls: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError if a call asks for several images, or for what an evaluation sets itself."""
+    """Raises ValueError if a call asks for several images, for another shape than the first one does, or for what an
+    evaluation sets itself.
+    """
     for number, call in enumerate(calls, 1):
         for name in OWN:
             if name in call:
                 raise ValueError(f"call {number} has the argument {name!r}; an evaluation sets it itself")
         if isinstance(call.get("prompt"), (list, tuple)):
             raise ValueError(f"call {number} has {len(call['prompt'])} prompts; a call that is evaluated has one")
+        for name in SHAPES:
+            if call.get(name) != calls[0].get(name):
+                raise ValueError(
+                    f"call {number} has {name} {call.get(name)}, call 1 {calls[0].get(name)}; calls of one report make "
+                    "samples of one shape"
+                )
+
+
+def same_shapes(samples: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Samples `(F, C, H, W)` as one tensor. Raises ValueError if they differ in shape, as where images came in."""
+    for sample in samples:
+        if sample.shape != samples[0].shape:
+            raise ValueError(
+                f"calls gave samples of {tuple(samples[0].shape)} and {tuple(sample.shape)} (frames, channels, height, "
+                "width); calls of one report make samples of one shape"
+            )
+    return torch.stack([*samples])
 
 
 def frames_of(output: Any, pipeline: str) -> torch.Tensor:

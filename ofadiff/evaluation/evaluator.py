@@ -137,7 +137,7 @@ class _Evaluation:
     @property
     def count(self) -> int:
         """Images of each model."""
-        return self.instruments.count
+        return self.instruments.count if self.sampled else 0
 
     def columns(self) -> dict[str, Column]:
         """What the report shows."""
@@ -183,8 +183,7 @@ class _Evaluation:
         """Samples one model, measures it, and adds its row to the report."""
         settings, processes, instruments = self.settings, self.processes, self.instruments
         row, stand_alone = candidate.row, candidate.load()
-        count = self.count if self.sampled else 0
-        share, show = Share(count, settings.batch_size, processes), settings.progress and processes.is_main
+        share, show = Share(self.count, settings.batch_size, processes), settings.progress and processes.is_main
         if self.sampled:
             draw_share(stand_alone, self.sampling, share, store, show, f"Sampling {candidate.name}", name=row.name)
         images = Subset(store, share.indices)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ofadiff.denoisers.pipelines import class_count, denoiser_of
-from ofadiff.evaluation.called import check_one_sample, frames_of, in_a_row
+from ofadiff.evaluation.called import check_one_sample, frames_of, in_a_row, same_shapes
 from ofadiff.evaluation.finite import NotFiniteError, finite_outputs
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
@@ -175,7 +175,7 @@ class Sampling:
         at_size = {} if size is None else {"size": size}
         with finite_outputs(pipeline, denoiser_of(pipeline), name, indices):
             if self.calls is not None:
-                images = torch.stack([self._call(pipeline, index, at_size) for index in indices])
+                images = same_shapes([self._call(pipeline, index, at_size) for index in indices])
             else:
                 images = pipeline(
                     **condition,

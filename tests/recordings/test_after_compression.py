@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from recordings.tiny_pipelines import CALLS
 from safetensors.torch import load_file
 
@@ -124,6 +125,7 @@ def test_calls_that_cannot_be_evaluated_are_named(latte):
     pipeline = OFAPipeline.from_pretrained(latte[1] / "ofa")
     for calls, message in [
         ([{"prompt": ["a", "b"]}], "call 1 has 2 prompts; a call that is evaluated has one"),
+        ([{"prompt": "a"}, {"prompt": "b", "video_length": 8}], "call 2 has video_length 8, call 1 None; calls of one"),
         ([{"prompt": "a", "size": 0.8}], "call 1 has the argument 'size'; an evaluation sets it itself"),
         ([{"prompt": "a", "colour": 1}], "call 1 has the argument 'colour', which LattePipeline does not take"),
     ]:
@@ -141,6 +143,14 @@ def test_a_call_is_sampled_as_its_user_would(latte):
     by_hand = pipeline(**calls[0], generator=torch.Generator().manual_seed(7), output_type="pt").frames
     assert torch.equal(drawn[0], (by_hand[0].float() * 255).round().to(torch.uint8))
     assert torch.equal(Frames(in_a_row(drawn[0]).unsqueeze(0), drawn.shape[1])[2], drawn[0, 2])
+
+
+def test_images_that_differ_in_size_are_named(saved, load, tmp_path):
+    pipeline = load("sd_img2img")
+    Image.new("RGB", (48, 64)).save(tmp_path / "narrow.png")
+    calls = [{"prompt": "a", "image": image} for image in (saved("sd_img2img") / "image.png", tmp_path / "narrow.png")]
+    with pytest.raises(ValueError, match=r"calls gave samples of \(1, 3, 64, 64\) and \(1, 3, 64, 48\)"):
+        evaluate(pipeline, teacher=pipeline, calls=calls, metrics=["psnr"], **QUICK)
 
 
 def test_a_denoiser_is_not_recorded_at_a_small_size(latte, tmp_path):
