@@ -18,7 +18,7 @@ from ofadiff.denoisers.original import Original, cannot_load, read_any_original,
 from ofadiff.dtypes import PRECISIONS
 from ofadiff.extraction.subnet import extract
 from ofadiff.runs.checks import begin, check_same_flags
-from ofadiff.runs.recorded import build_recorded, checked_calls
+from ofadiff.runs.recorded import build_recorded
 from ofadiff.runs.result import upload
 from ofadiff.runs.run import Run, build, with_defaults_of
 from ofadiff.runs.settings import OneSize, RunSettings
@@ -80,8 +80,6 @@ def start_healing(settings: RunSettings) -> Run:
         )
     if settings.calls.given:
         teacher = original_teacher(one, component, model.cache_dir)
-        if settings.calls.calls_file is not None:
-            checked_calls(original if teacher is None else teacher, settings.calls)
         return build_recorded(run_settings, accelerator, original, checkpoint, teacher)
     run = build(run_settings, accelerator, original, checkpoint)
     if one.teacher_model_name_or_path is None:

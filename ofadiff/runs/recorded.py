@@ -23,7 +23,7 @@ from ofadiff.denoisers.original import (
     read_any_original,
     read_original,
 )
-from ofadiff.denoisers.prepare import prepare_mixed, prepare_recorded
+from ofadiff.denoisers.prepare import Prepare, prepare_mixed, prepare_recorded
 from ofadiff.denoisers.recorded import answered_channels
 from ofadiff.dtypes import PRECISIONS
 from ofadiff.pipelines.calls import check_calls, described, parsed_value, read_calls
@@ -193,19 +193,17 @@ def start_recorded(settings: RunSettings) -> Run:
         )
     check_run(settings, accelerator, original, checkpoint)
     check_sizes_of_others(settings, original)
+    if mixed is None:
+        return build_recorded(settings, accelerator, original, checkpoint)
     if calls.calls_file is not None:
         checked_calls(original, calls)
-    run = build_recorded(settings, accelerator, original, checkpoint)
-    return run if mixed is None else with_images(run, mixed)
+    # Images are read before anything is sampled, so that what is wrong with them is said then.
+    _, images, prepare_images, _ = build_inputs(settings, accelerator, mixed)
+    return with_images(build_recorded(settings, accelerator, original, checkpoint), images, prepare_images)
 
 
-def with_images(run: Run, original: Original) -> Run:
-    """A run on recordings with images among its training samples; it is still ranked and validated on recordings.
-
-    Raises:
-        ValueError: If the images cannot be read, or do not fit the model.
-    """
-    _, images, prepare_images, _ = build_inputs(run.settings, run.accelerator, original)
+def with_images(run: Run, images: RunData, prepare_images: Prepare) -> Run:
+    """A run on recordings with images among its training samples; it is still ranked and validated on recordings."""
     recorded = run.data.training
     assert isinstance(recorded, RecordedSamples)
     prepare = functools.partial(prepare_mixed, recorded=run.prepare, images=prepare_images)

@@ -134,7 +134,7 @@ class Calls(Bundle):
     """
     recordings_dir: str | None = None
     """folder of the recordings of these calls, made or continued; without --calls_file one that is there. The output
-    folder's name with -recordings by default"""
+    folder's name with -recordings by default; with -full-size-recordings where a checkpoint heals itself"""
     call_arguments: tuple[str, ...] | None = None
     """arguments of all calls that do not have their own: NAME=VALUE, such as num_inference_steps=20 height=512"""
     steps_per_call: Annotated[int, COUNT] = 4
