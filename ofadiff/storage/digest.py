@@ -15,9 +15,17 @@ def digest_of_weights(model: nn.Module, dtype: torch.dtype | None = None) -> str
     Args:
         model: The model.
         dtype: Compare its floating-point weights as they are in this dtype; by default each in its own.
+
+    Raises:
+        ValueError: If weights are on the meta device.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} of this {type(model).__name__} is on the meta device, as sequential offloading leaves it; "
+                "load the model as it is, or offload whole models (enable_model_cpu_offload)"
+            )
         tensor = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())

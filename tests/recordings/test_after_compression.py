@@ -8,12 +8,17 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from recordings.tiny_pipelines import CALLS
 from safetensors.torch import load_file
+from torch import nn
 
 import ofadiff
 from ofadiff import OFAPipeline, evaluate, find_channel_groups
 from ofadiff.commands.app import make_app
 from ofadiff.commands.command import call
+from ofadiff.evaluation import register_extractor
 from ofadiff.evaluation.called import Frames, in_a_row
+from ofadiff.evaluation.metrics.consistency import mean_psnr, mean_ssim
+from ofadiff.evaluation.metrics.extractors import FeatureExtractor
+from ofadiff.evaluation.metrics.metric import Subject
 from ofadiff.evaluation.sampling import Sampling
 from ofadiff.recordings import Recordings
 from ofadiff.unet_elastic import verify_groups
@@ -143,6 +148,34 @@ def test_a_call_is_sampled_as_its_user_would(latte):
     by_hand = pipeline(**calls[0], generator=torch.Generator().manual_seed(7), output_type="pt").frames
     assert torch.equal(drawn[0], (by_hand[0].float() * 255).round().to(torch.uint8))
     assert torch.equal(Frames(in_a_row(drawn[0]).unsqueeze(0), drawn.shape[1])[2], drawn[0, 2])
+
+
+class Pixels(nn.Module):
+    def forward(self, images):
+        return images.flatten(1).float()
+
+
+def test_every_frame_of_a_video_counts_by_itself():
+    """Frames of other sizes and in other numbers: a video measures as its frames do alone."""
+    register_extractor("pixels", Pixels())
+    for frames, side in ((4, 16), (3, 24)):
+        generator = torch.Generator().manual_seed(frames)
+        ours, theirs = (torch.randint(256, (6, frames, 3, side, side), generator=generator).byte() for _ in range(2))
+        alone = {"images": ours.flatten(0, 1), "teacher_images": theirs.flatten(0, 1), "frames": 1}
+        strips = {
+            "images": torch.stack([in_a_row(video) for video in ours]),
+            "teacher_images": torch.stack([in_a_row(video) for video in theirs]),
+            "frames": frames,
+        }
+        extractor = FeatureExtractor("pixels")
+        both = [
+            Subject(denoiser=None, arguments={}, gather=lambda values: values, extractor=extractor, **given)
+            for given in (alone, strips)
+        ]
+        assert torch.equal(both[0].features, both[1].features)
+        for measure in (mean_psnr, mean_ssim):
+            (one,), (other,) = (measure(subject).values() for subject in both)
+            assert one == pytest.approx(other, rel=1e-6)
 
 
 def test_images_that_differ_in_size_are_named(saved, load, tmp_path):

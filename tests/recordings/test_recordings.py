@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook as AcceleratorHook
 from accelerate.hooks import add_hook_to_module
 from diffusers.hooks.hooks import HookRegistry, ModelHook
@@ -95,6 +96,15 @@ def test_a_wrapped_denoiser_is_recorded_as_what_it_is(wrap, record, load):
     assert wrapped.description == bare.description and len(wrapped) == len(bare) == 2 * len(CALLS["wan"])
     for one, other in zip(wrapped, bare, strict=True):
         torch.testing.assert_close(one.answer, other.answer)
+
+
+def test_weights_that_are_elsewhere_are_named(record, load):
+    offloaded, empty = load("latte"), load("latte")
+    cpu_offload(offloaded.transformer, execution_device=torch.device("cpu"))
+    empty.transformer.to("meta")
+    for pipeline in (offloaded, empty):
+        with pytest.raises(ValueError, match="of this LatteTransformer3DModel is on the meta device, as sequential"):
+            record("latte", pipeline=pipeline)
 
 
 def test_what_stays_within_a_call_is_kept_once(record):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.data import DataLoader
 
+from ofadiff.evaluation.called import Frames
 from ofadiff.evaluation.metrics.metric import Metric, Subject
 from ofadiff.evaluation.report.rows import Column
 
@@ -82,12 +83,13 @@ def mean_ssim(subject: Subject) -> dict[str, float | None]:
 
 
 def _mean_over_pairs(subject: Subject, compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float | None:
-    """Mean of what compares the samples with the teacher's."""
+    """Mean of what compares the samples, of videos their frames, with the teacher's."""
     if subject.teacher_images is None:
         return None
-    batches = [DataLoader(images, subject.batch_size) for images in (subject.images, subject.teacher_images)]
+    pictures = subject.pictures, Frames(subject.teacher_images, subject.frames)
+    batches = [DataLoader(images, subject.batch_size) for images in pictures]
     values = [compare(ours, theirs) for ours, theirs in zip(*batches, strict=True)]
-    return subject.gather(torch.cat([torch.empty(0), *values])).mean().item()
+    return subject.mean_of(torch.cat([torch.empty(0), *values]))
 
 
 PSNR = Metric(mean_psnr, {"psnr": Column("PSNR, dB", digits=1, better="higher")}, needs=("images", "teacher"))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ofadiff.evaluation.called import Frames
 from ofadiff.evaluation.metrics.clip_scorer import ClipScorer
 from ofadiff.evaluation.metrics.extractors import FeatureExtractor
 from ofadiff.evaluation.metrics.feature_statistics import FeatureStatistics
@@ -59,11 +60,22 @@ class Subject:
     frames: int = 1
     recordings: Recordings | None = None
 
+    @property
+    def pictures(self) -> Dataset[torch.Tensor]:
+        """This process' n samples, or their n·F frames, each uint8 `(3, H, W)`."""
+        return Frames(self.images, self.frames)
+
     @cached_property
     def features(self) -> torch.Tensor:
-        """Features of all samples `(N, D)`."""
+        """Features of all samples `(N, D)`, of videos of all frames `(N·F, D)`."""
         assert self.extractor is not None
-        return self.gather(self.extractor.features(self.images, self.batch_size))
+        features = self.extractor.features(self.pictures, self.batch_size)
+        by_sample = features.unflatten(0, (-1, self.frames)) if len(features) else features
+        return self.gather(by_sample).flatten(0, 1)
+
+    def mean_of(self, values: torch.Tensor) -> float:
+        """Mean over all samples of what each of this process' pictures has, `(n·F,)`."""
+        return self.gather(values.view(-1, self.frames).mean(dim=1)).double().mean().item()
 
 
 @dataclass(frozen=True)
