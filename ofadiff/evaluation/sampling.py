@@ -138,14 +138,14 @@ class Sampling:
             return {"prompt": prompts} if all(isinstance(call.get("prompt"), str) for call in self.calls) else {}
         return {name: [values[i % len(values)] for i in indices] for name, values in self.arguments.items()}
 
-    def draw(
+    def draw_frames(
         self,
         pipeline: DiffusionPipeline,
         indices: Sequence[int],
         size: float | str | None = None,
         name: str | None = None,
     ) -> torch.Tensor:
-        """These images, in one call: uint8 `(len(indices), 3, H, W)`; of videos all frames side by side.
+        """These images, in one call: uint8 `(len(indices), F, 3, H, W)`, where F is 1 but for videos.
 
         All noise comes from the images' own generators, which are on the CPU, so that devices draw the same.
 
@@ -159,16 +159,6 @@ class Sampling:
             ValueError: If the pipeline's scheduler draws noise elsewhere: the images would depend on the batch.
             NotFiniteError: If something is not finite.
         """
-        return torch.stack([in_a_row(frames) for frames in self.draw_frames(pipeline, indices, size, name)])
-
-    def draw_frames(
-        self,
-        pipeline: DiffusionPipeline,
-        indices: Sequence[int],
-        size: float | str | None = None,
-        name: str | None = None,
-    ) -> torch.Tensor:
-        """As `draw`, each frame by itself: uint8 `(len(indices), F, 3, H, W)`."""
         condition = self.condition(indices) or {"batch_size": len(indices)}
         before = _global_random_states(pipeline.device)
         name = name or _name_of(pipeline, size)
@@ -228,7 +218,7 @@ def draw_share(
         for batch in share.batches:
             absent = [index for index in batch if index not in images]
             if absent:
-                drawn = sampling.draw(pipeline, batch, size, name)
+                drawn = [in_a_row(frames) for frames in sampling.draw_frames(pipeline, batch, size, name)]
                 for index in absent:
                     images[index] = drawn[index - batch[0]]
             bar.update(len(batch))

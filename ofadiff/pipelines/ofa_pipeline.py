@@ -181,6 +181,8 @@ class OFAPipeline:
             if size is not None:
                 self.set_size(size)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if size is not None:
+            size = self.subnets.find(size).size  # every denoiser must have it
         with ExitStack() as stack:
             for supernet in supernets.values():
                 stack.enter_context(supernet.used_at(size))

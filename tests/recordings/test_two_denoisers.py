@@ -55,6 +55,15 @@ def test_sizes_of_both_move_together(both):
     torch.testing.assert_close(videos[1], videos[2], rtol=1e-3, atol=1e-4)
 
 
+def test_a_denoiser_without_sizes_is_named(both, saved):
+    pipeline = OFAPipeline.from_pretrained(both / "both")
+    pipeline.transformer_2 = DiffusionPipeline.from_pretrained(saved("wan_2_2") / "pipeline").transformer_2
+    with pytest.raises(ValueError, match="the pipeline's transformer_2 is another WanTransformer3DModel than it was"):
+        pipeline("a", size=0.8)
+    with pytest.raises(ValueError, match="transformer_2 is another"):
+        pipeline.set_size(0.8)
+
+
 def test_a_size_is_a_plain_pipeline(both, tmp_path):
     (folder,) = call(
         make_app(),
