@@ -386,11 +386,8 @@ def sample(pipeline: Any, settings: Settings, **options: Any) -> Tensor:
 
 
 def save_grid(images: dict[str, Tensor], file: Path) -> None:
-    """Ten images of each row, with a rim, six times as large."""
-    rows = [
-        F.interpolate(F.pad(row[:10], (1, 1, 1, 1)), scale_factor=6).permute(0, 2, 3, 1).numpy()
-        for row in images.values()
-    ]
+    """Ten images of each row, six times as large."""
+    rows = [F.interpolate(row[:10], scale_factor=6).permute(0, 2, 3, 1).numpy() for row in images.values()]
     columns = min(map(len, rows))
     make_image_grid([image for row in rows for image in DDPMPipeline.numpy_to_pil(row)], len(rows), columns).save(file)
 
