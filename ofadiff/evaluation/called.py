@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.utils import BaseOutput
 from torch.utils.data import Dataset
 
 # What an evaluation gives to every call itself, or what would change how many images come of it.
@@ -67,6 +68,20 @@ def frames_of(output: Any, pipeline: str) -> torch.Tensor:
         f"a call of this {pipeline} gives neither one image nor one video; give recordings alone, which compare what "
         "its denoiser answers"
     )
+
+
+def images_of(output: Any, pipeline: str) -> torch.Tensor:
+    """The images of a pipeline's output, `(N, C, H, W)` in [0, 1].
+
+    Raises:
+        ValueError: If it has none, such as one of videos.
+    """
+    if not isinstance(output, BaseOutput) or "images" not in output:
+        raise ValueError(
+            f"this {pipeline} gives no images; sample videos with calls of the pipeline, or `ofadiff evaluate` with a "
+            "--calls_file, and compare anything else on recordings (--recordings_dir)"
+        )
+    return output["images"]
 
 
 def in_a_row(frames: torch.Tensor) -> torch.Tensor:

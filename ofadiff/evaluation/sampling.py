@@ -14,12 +14,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ofadiff.denoisers.pipelines import class_count, denoiser_of
-from ofadiff.evaluation.called import check_one_sample, frames_of, in_a_row, same_shapes
+from ofadiff.evaluation.called import check_one_sample, frames_of, images_of, in_a_row, same_shapes
 from ofadiff.evaluation.finite import NotFiniteError, finite_outputs
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
 from ofadiff.pipelines.calls import check_calls, opened
+
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 # What `generate` gives to a pipeline's call itself, or what would change how many images come of it.
 RESERVED = (
@@ -167,14 +169,15 @@ class Sampling:
             if self.calls is not None:
                 images = same_shapes([self._call(pipeline, index, at_size) for index in indices])
             else:
-                images = pipeline(
+                output = pipeline(
                     **condition,
                     **self.call_arguments,
                     **at_size,
                     generator=[torch.Generator().manual_seed(self.seed + i) for i in indices],
                     num_inference_steps=self.num_inference_steps,
                     output_type="pt",
-                ).images.unsqueeze(1)
+                )
+                images = images_of(output, type(pipeline).__name__).unsqueeze(1)
         bad = [index for index, image in zip(indices, images, strict=True) if not torch.isfinite(image).all()]
         if bad:
             raise NotFiniteError(f"{name} gives images with values that are not finite, sample {bad[0]}")
@@ -256,6 +259,12 @@ def check_arguments(
         if name in arguments and name in call_arguments:
             raise ValueError(f"the argument {name!r} is given both per image and for all images")
     given = {*arguments, *call_arguments}
+    for name, each in parameters.items():
+        if each.default is inspect.Parameter.empty and name not in given and each.kind not in VARIADIC:
+            raise ValueError(
+                f"this {type(pipeline).__name__} needs the argument {name!r}; give calls of it, or `ofadiff evaluate` "
+                "a --calls_file"
+            )
     if "prompt" in parameters and given.isdisjoint(("prompt", "prompt_embeds")):
         raise ValueError(
             f"this {type(pipeline).__name__} makes images of prompts, and there are none; give arguments="

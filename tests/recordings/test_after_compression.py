@@ -178,6 +178,23 @@ def test_every_frame_of_a_video_counts_by_itself():
             assert one == pytest.approx(other, rel=1e-6)
 
 
+def test_pipelines_of_something_else_are_named_and_measured_on_recordings(saved, load, tmp_path):
+    latte, svd, audio = load("latte"), load("svd"), load("audioldm2")
+    with pytest.raises(ValueError, match="this LattePipeline gives no images; sample videos with calls"):
+        shape = {name: CALLS["latte"][0][name] for name in ("video_length", "height", "width")}
+        options = {"arguments": {"prompt": ["a"]}, "call_arguments": shape, "metrics": ["psnr"]}
+        evaluate(latte, teacher=latte, **options, **QUICK)
+    with pytest.raises(ValueError, match="this StableVideoDiffusionPipeline needs the argument 'image'; give calls"):
+        evaluate(svd, metrics=["psnr"], teacher=svd, **QUICK)
+    with pytest.raises(ValueError, match="gives neither one image nor one video; give recordings alone"):
+        evaluate(audio, calls=CALLS["audioldm2"][:1], metrics=["psnr"], teacher=audio, **QUICK)
+    for kind, pipeline in (("svd", svd), ("audioldm2", audio)):
+        options = {"component": "unet", "image_dir": saved(kind), "progress": False}
+        recordings = ofadiff.record(pipeline, CALLS[kind][:1], tmp_path / kind, 1, **options)
+        (row,) = evaluate(pipeline, recordings=recordings, metrics=["macs", "answer_error"], **QUICK).rows
+        assert row.values["answer_error"] < 1e-10 and row.values["macs"] > 0
+
+
 def test_images_that_differ_in_size_are_named(saved, load, tmp_path):
     pipeline = load("sd_img2img")
     Image.new("RGB", (48, 64)).save(tmp_path / "narrow.png")
