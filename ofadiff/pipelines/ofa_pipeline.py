@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffusers import (
     DiffusionPipeline,
     ModelMixin,
 )
+from diffusers.utils import DummyObject
 
 from ofadiff.denoisers.pipelines import check_found_by_diffusers, class_count
 from ofadiff.extraction.extracted_model import WIDTHS_KEY, ExtractedModel
@@ -366,11 +368,16 @@ def stock_pipeline_class(directory: Path, denoiser: ModelMixin) -> type[Diffusio
     """The class of a pipeline's folder; of a pixel model with classes the one that takes them.
 
     Raises:
-        ValueError: If diffusers has none of that name.
+        ValueError: If diffusers has none of that name, or it needs a package that is not installed.
     """
     index = directory / "model_index.json"
     name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     stock = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if isinstance(stock, DummyObject):
+        missing = [package for package in stock._backends if find_spec(package) is None]
+        raise ValueError(
+            f"{index} names a {name}, which needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+        )
     if not (isinstance(stock, type) and issubclass(stock, DiffusionPipeline)):
         raise ValueError(
             f"{index} names the pipeline class {name!r}, which diffusers does not have; if it is one of your own, say "

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import DummyObject
 from recordings.tiny_pipelines import CALLS, COMPONENT
 
 import ofadiff
@@ -88,6 +90,16 @@ def test_what_a_run_on_recordings_does_not_take_is_named(saved, load, tmp_path):
     with pytest.raises(ValueError, match="was recorded of another model: its weights is SHA-256"):
         call(make_app(), words)
     assert not out.exists()
+
+
+def test_a_package_that_a_pipeline_needs_is_named(saved, tmp_path, monkeypatch):
+    """diffusers has a class in place of a pipeline whose packages are not installed."""
+    for kind, name, absent in (("latte", "LattePipeline", ["nowhere"]), ("wan", "WanPipeline", ["nowhere", "nothing"])):
+        monkeypatch.setattr(diffusers, name, DummyObject(name, (), {"_backends": ["torch", *absent]}))
+        needed = f"names a {name}, which needs {' and '.join(absent)}: pip install {' '.join(absent)}"
+        with pytest.raises(ValueError, match=needed):
+            call(make_app(), words_of(saved(kind), tmp_path / "ofa", "--component", "transformer"))
+        assert not (tmp_path / "ofa").exists()
 
 
 @pytest.mark.slow
