@@ -1,0 +1,314 @@
+"""Least squares, layer by layer: the readers of cut branches give what the original's branches give.
+
+In the order of the forward each reader (the second convolution of a residual block, the output projection of an
+attention, the second layer of a feed-forward) gets the weights with which its cut input, as the model whose earlier
+readers are corrected already makes it, comes closest to what the original's reader gives on the same samples. All sizes
+share the solution: each of them reads a prefix of the same columns, so their normal equations add up.
+
+Least squares for the layer after a cut are due to He et al. (2017, arXiv 1707.06168) and, for one model, Frantar and
+Alistarh (2022, arXiv 2208.11580); nested sizes in one solution are what is new here.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ofadiff.adapters.size_adapter import SizeAdapter
+from ofadiff.correction import readers
+from ofadiff.correction.equations import NormalEquations, Reduce
+from ofadiff.cutting import set_widths
+from ofadiff.layers import LowRankUpdate
+from ofadiff.supernet import Supernet
+
+Forward = Callable[[nn.Module, Any], Any]
+
+# How much more the largest size counts than each of the others.
+LARGEST_WEIGHT = 10.0
+
+
+@dataclass(frozen=True)
+class _Correction:
+    """What is asked for; see `correct_readers`."""
+
+    supernet: Supernet
+    batches: Iterable[Any]
+    loss_fn: Forward
+    weights: Mapping[float, float]
+    max_positions: int
+    seed: int
+    calls: Mapping[str, int]
+    originals: dict[str, readers.Parameters]
+
+    def forwards(self) -> Iterator[tuple[int, Callable[[], Any]]]:
+        """Every batch by its number: what calls the model on it, each time with the same random numbers."""
+        for number, batch in enumerate(self.batches):
+            yield number, functools.partial(self._forward, number, batch)
+
+    def _forward(self, number: int, batch: Any) -> None:
+        model = self.supernet.model
+        devices = [model.device] if model.device.type != "cpu" else []
+        with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):
+            torch.manual_seed(self.seed + number)
+            self.loss_fn(model, batch)
+
+
+@torch.no_grad()
+def correct_readers(
+    supernet: Supernet,
+    batches: Iterable[Any],
+    loss_fn: Forward,
+    weights: Mapping[float, float] | None = None,
+    ridge: float = 1e-3,
+    adapter_rank: int = 0,
+    readers_at_once: int = 1,
+    max_positions: int = 256,
+    seed: int = 0,
+    reduce: Reduce | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Fits the readers of a supernet, in place, so that every size's branches give what the original's give.
+
+    For a supernet that has not been trained: it learns from what it computes itself at full width. Takes no gradients.
+    Each reader needs a part of a forward per batch and size, and of one at full width.
+
+    Args:
+        supernet: As `Supernet(...)` made it.
+        batches: What `loss_fn` takes; read again for every reader, so a list or a loader. Some hundred noisy samples,
+            their noise drawn over all timesteps.
+        loss_fn: Calls the model on a batch, `loss_fn(model, batch)`, as that of `score_channels`; what it returns does
+            not matter.
+        weights: What a size counts; sizes that are not named count 1, the largest 10 by default.
+        ridge: Pull towards the weights as they are, as a share of the mean square of what the reader reads.
+        adapter_rank: Rank of the LoRA that each size gets on every reader for what it needs beyond the shared
+            solution, kept as the size's own adapter (`Supernet.size_adapters`); 0 for none.
+        readers_at_once: So many readers, one after the other in the forward, are fitted to what the model makes before
+            any of them is corrected: so many times fewer forwards.
+        max_positions: At most so many positions of each sample (pixels, tokens) are looked at, a random choice.
+        seed: Of that choice, and of random numbers that `loss_fn` draws.
+        reduce: Adds up a tensor over all processes where each has its share of the batches, such as
+            `accelerator.reduce`; the batches of all of them must be equally many.
+        progress: Show a bar.
+
+    Returns:
+        For every reader the share of its weighted squared error that is left.
+
+    Raises:
+        ValueError: If a number is out of its range, a size is unknown, there is no batch, batches cannot be read twice,
+            a size has an adapter, or what a reader reads or gives is not finite.
+
+    Example:
+        >>> supernet = Supernet(unet, groups, scores, subnets)
+        >>> left = correct_readers(supernet, batches, loss_fn)
+        >>> supernet.save_pretrained("corrected")
+    """
+    check_arguments(supernet, batches, weights or {}, ridge, adapter_rank, readers_at_once, max_positions)
+    model = supernet.model
+    counted = {size: 1.0 for size in supernet.sizes} | {supernet.sizes[-1]: LARGEST_WEIGHT} | dict(weights or {})
+    was_training = model.training
+    model.eval()
+    try:
+        with supernet.used_at(None):
+            work = _Correction(supernet, batches, loss_fn, counted, max_positions, seed, {}, {})
+            work = _with_calls(work)
+            left: dict[str, float] = {}
+            updates: dict[float, dict[str, LowRankUpdate]] = {size: {} for size in supernet.sizes}
+            names = list(work.calls)
+            waves = [names[first : first + readers_at_once] for first in range(0, len(names), readers_at_once)]
+            for wave in tqdm(waves, "Correction", disable=not progress):
+                equations = _measure(work, wave, each=adapter_rank > 0)
+                for name in wave:
+                    own = equations.pop(name)
+                    if reduce is not None:
+                        own.reduce(reduce)
+                    left[name], ups = _correct(work, name, own, ridge, adapter_rank)
+                    for size, update in ups.items():
+                        updates[size][name] = update
+                if adapter_rank:
+                    _give_adapters(supernet, updates, adapter_rank)
+            return left
+    finally:
+        supernet.set_size("largest")
+        model.train(was_training)
+
+
+def check_arguments(
+    supernet: Supernet,
+    batches: Iterable[Any],
+    weights: Mapping[float, float],
+    ridge: float,
+    adapter_rank: int,
+    readers_at_once: int,
+    max_positions: int,
+) -> None:
+    """Raises ValueError if something cannot work; see `correct_readers`."""
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"batches is a {type(batches).__name__}, which can be read only once; the correction reads the same "
+            "batches for every reader: give a list or a loader"
+        )
+    for size, weight in weights.items():
+        supernet.subnets.find(size)
+        if not weight >= 0:
+            raise ValueError(f"weights[{size:g}] is {weight}; it must be at least 0")
+    if not ridge > 0:
+        raise ValueError(f"ridge is {ridge}; it must be above 0")
+    for name, value, least in (
+        ("adapter_rank", adapter_rank, 0),
+        ("readers_at_once", readers_at_once, 1),
+        ("max_positions", max_positions, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if supernet.size_adapters:
+        sizes = ", ".join(f"{size:g}" for size in supernet.size_adapters)
+        raise ValueError(f"size {sizes} has an adapter already; the correction is for a supernet that is not trained")
+
+
+def _with_calls(work: _Correction) -> _Correction:
+    """With the readers in the order of the forward."""
+    model = work.supernet.model
+    names = readers.find_readers(work.supernet.groups)
+    for _, forward in work.forwards():
+        with _at_full_width(work):
+            calls = readers.order_of_calls(model, names, forward)
+        originals: dict[str, readers.Parameters] = {}
+        return _Correction(
+            work.supernet, work.batches, work.loss_fn, work.weights, work.max_positions, work.seed, calls, originals
+        )
+    raise ValueError("there is no batch to correct the readers on")
+
+
+@contextmanager
+def _at_full_width(work: _Correction) -> Iterator[None]:
+    """The original: all units of all groups, and readers as they were."""
+    supernet = work.supernet
+    set_widths(supernet.model, supernet.groups, {group.name: group.width for group in supernet.groups})
+    for name in work.calls:
+        supernet.model.get_submodule(name).updates = ()
+    with readers.with_parameters(supernet.model, work.originals):
+        yield
+
+
+def _measure(work: _Correction, wave: Sequence[str], each: bool) -> dict[str, NormalEquations]:
+    """The normal equations of some readers, over all batches and sizes."""
+    supernet = work.supernet
+    model, subnets = supernet.model, list(supernet.subnets)
+    equations = {}
+    for name in wave:
+        layer = model.get_submodule(name)
+        columns = readers.columns_of(model, supernet.groups, subnets, name)
+        width, outputs = layer.weight[0].numel(), len(layer.weight)
+        equations[name] = NormalEquations(columns, width, outputs, layer.bias is not None, each)
+    for number, forward in work.forwards():
+        targets = _Targets(work, wave, number)
+        with _at_full_width(work), readers.watched(model, targets.keepers()):
+            readers.run_until(forward)
+        for index, subnet in enumerate(subnets):
+            weight = work.weights[subnet.size]
+            if not weight and not each:
+                continue
+            supernet.set_size(subnet.size)
+            with readers.watched(model, targets.comparers(equations, index, weight)):
+                readers.run_until(forward)
+    return equations
+
+
+class _Targets:
+    """What the original's readers give for one batch, and what sizes lack of it."""
+
+    def __init__(self, work: _Correction, wave: Sequence[str], number: int) -> None:
+        self.work, self.wave, self.number = work, wave, number
+        self.outputs: dict[str, list[Tensor]] = {name: [] for name in wave}
+        self.positions: dict[str, list[Tensor | None]] = {name: [] for name in wave}
+
+    def keepers(self) -> dict[str, Callable[[nn.Module, Tensor, Tensor], None]]:
+        """What keeps outputs, to be called by the original's readers."""
+        return {name: functools.partial(self._keep, name) for name in self.wave}
+
+    def _keep(self, name: str, layer: nn.Module, input: Tensor, output: Tensor) -> None:
+        outputs = self.outputs[name]
+        channels = output.shape[-1] if isinstance(layer, nn.Linear) else output.shape[1]
+        positions = output.numel() // (len(output) * channels)
+        chosen = None
+        if positions > self.work.max_positions:
+            draw = random.Random(f"{self.work.seed} {self.number} {name} {len(outputs)}")
+            generator = torch.Generator().manual_seed(draw.getrandbits(63))
+            chosen = torch.randperm(positions, generator=generator)[: self.work.max_positions].to(output.device)
+        self.positions[name].append(chosen)
+        outputs.append(readers.output_rows(layer, output, chosen))
+        self._stop_after(name, len(outputs))
+
+    def comparers(
+        self, equations: Mapping[str, NormalEquations], size: int, weight: float
+    ) -> dict[str, Callable[[nn.Module, Tensor, Tensor], None]]:
+        """What adds to the normal equations, to be called by the readers at a size."""
+        seen = dict.fromkeys(self.wave, 0)
+
+        def compare(name: str, layer: nn.Module, input: Tensor, output: Tensor) -> None:
+            call = seen[name]
+            seen[name] += 1
+            chosen = self.positions[name][call]
+            rows = readers.patches(layer, input, chosen)
+            residual = self.outputs[name][call] - readers.output_rows(layer, output, chosen)
+            if not (torch.isfinite(rows).all() and torch.isfinite(residual).all()):
+                raise ValueError(f"{name} reads or gives values that are not finite; correct in float32 or bfloat16")
+            equations[name].add(size, rows, residual, weight)
+            self._stop_after(name, seen[name])
+
+        return {name: functools.partial(compare, name) for name in self.wave}
+
+    def _stop_after(self, name: str, calls: int) -> None:
+        if name == self.wave[-1] and calls == self.work.calls[name]:
+            readers.stop()
+
+
+def _correct(
+    work: _Correction, name: str, equations: NormalEquations, ridge: float, rank: int
+) -> tuple[float, dict[float, LowRankUpdate]]:
+    """Gives one reader its solution; returns the share of the error that is left, and the updates of single sizes."""
+    layer = work.supernet.model.get_submodule(name)
+    change = equations.solve(ridge)
+    if not torch.isfinite(change).all():
+        raise ValueError(f"the correction of {name} is not finite; correct in float32, or with a larger ridge")
+    left = equations.error_left(change)
+    weight, bias = readers.parameters_of(layer)
+    work.originals[name] = weight.clone(), None if bias is None else bias.clone()
+    weight += change[: equations.width].T.reshape(weight.shape).to(weight.dtype)
+    if bias is not None:
+        bias += change[-1].to(bias.dtype)
+    updates = {}
+    if rank:
+        for index, size in enumerate(work.supernet.sizes):
+            if not equations.uses(index):
+                continue  # the size drops the branch
+            up, down = equations.low_rank(index, change, rank, ridge)
+            kernel = weight.shape[2:]
+            down = down.reshape(len(down), -1, *kernel).to(weight.dtype)
+            up = up.reshape(*up.shape, *(1 for _ in kernel)).to(weight.dtype)
+            updates[size] = LowRankUpdate(down.contiguous(), up.contiguous(), 1.0)
+    return left, updates
+
+
+def _give_adapters(supernet: Supernet, updates: Mapping[float, Mapping[str, LowRankUpdate]], rank: int) -> None:
+    """Gives sizes the LoRAs that have been found so far."""
+    for size, own in updates.items():
+        config = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": sorted(own),
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "inference_mode": True,
+            "bias": "none",
+        }
+        supernet.set_size_adapter(size, SizeAdapter(config, dict(own)))
