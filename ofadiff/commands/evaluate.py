@@ -23,7 +23,8 @@ from ofadiff.evaluation.checkpoints import load_pipeline, pipeline_folder
 from ofadiff.evaluation.metrics import choose_metrics
 from ofadiff.evaluation.metrics.clip_scorer import DEFAULT_CLIP
 from ofadiff.evaluation.metrics.extractors import find_extractor
-from ofadiff.evaluation.preparation import missing_reference, read_statistics
+from ofadiff.evaluation.metrics.precision_recall import NEIGHBORHOOD
+from ofadiff.evaluation.preparation import check_fid_seeds, missing_reference, read_statistics
 from ofadiff.evaluation.saved_images import PROTOCOL_NAME
 from ofadiff.pipelines.calls import read_located_calls
 from ofadiff.recordings.folder import Recordings, read_description
@@ -56,8 +57,8 @@ class Measured(Bundle):
     sizes: tuple[float, ...] | None = None
     """sizes of the checkpoint; all by default"""
     metrics: Annotated[tuple[str, ...] | None, one_of(METRICS)] = None
-    """macs, latency, memory, fid, kid, clip_score, psnr, ssim, answer_error; all that can be had from what is given, by
-    default"""
+    """macs, latency, memory, fid, kid, mind, precision, recall, clip_score, psnr, ssim, answer_error; all that can be
+    had from what is given, by default"""
 
 
 @Parameter(name="*", group=Group.create_ordered("reference"))
@@ -66,7 +67,7 @@ class ReferenceImages(Bundle):
     """Real images to compare with, and what looks at images."""
 
     reference_dir: str | None = None
-    """folder of real images, for FID and KID"""
+    """folder of real images, for FID, KID, MIND, precision and recall"""
     reference_dataset_name: str | None = None
     """the same of a `datasets` data set: a hub name, or a folder of save_to_disk"""
     reference_dataset_split: str = "validation"
@@ -78,7 +79,9 @@ class ReferenceImages(Bundle):
     save_reference_statistics: str | None = None
     """file to write the statistics of the images to, as .safetensors"""
     extractor: str = "inception"
-    """features for FID and KID: this, or another name of torch-fidelity's"""
+    """features for those: this, dinov2 (FD-DINOv2), or another name of torch-fidelity's"""
+    prc_neighborhood: Annotated[int, COUNT] = NEIGHBORHOOD
+    """precision and recall: k, which of its neighbours an image's ball reaches to"""
     clip_model: str = DEFAULT_CLIP
     """CLIP for the CLIP score: a folder or a hub repository"""
 
@@ -110,6 +113,8 @@ class Samples(Bundle):
     """images per process and call; changes them by rounding only"""
     seed: Annotated[int, WHOLE] = 0
     """seed of the first image; the next one has the next seed"""
+    fid_seeds: Annotated[int, COUNT] = 1
+    """sets of so many images for FID, each from seeds of its own: with several, the mean ± standard deviation"""
     dtype: Annotated[str, one_of(DTYPES)] = "float32"
     """of the models: float32, float16 or bfloat16"""
     cost_batch_size: Annotated[int, COUNT] = 1
@@ -199,6 +204,8 @@ def evaluation_settings(
         recordings=None if samples.recordings_dir is None else Recordings(samples.recordings_dir),
         call_arguments={name: value for name, value in call.items() if value is not None},
         extractor=reference.extractor,
+        prc_neighborhood=reference.prc_neighborhood,
+        fid_seeds=samples.fid_seeds,
         clip_model=reference.clip_model,
         cost_batch_size=samples.cost_batch_size,
         num_shown=files.num_shown,
@@ -253,6 +260,7 @@ def check(
     else:
         read_description(Path(samples.recordings_dir))
     names = choose_metrics(measured.metrics, missing)
+    check_fid_seeds(samples.fid_seeds, names)
     if any("reference" in METRICS[name].needs for name in names):
         extractor = find_extractor(reference.extractor)
         statistics = read_statistics(reference.reference_statistics)

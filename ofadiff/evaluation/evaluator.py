@@ -22,6 +22,7 @@ from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
 from ofadiff.evaluation.metrics.costs import cost_inputs
 from ofadiff.evaluation.preparation import (
     Instruments,
+    Store,
     budget_of,
     denoisers_of,
     make_instruments,
@@ -37,7 +38,6 @@ from ofadiff.evaluation.report import Column, Report, Row
 from ofadiff.evaluation.report.rows import MISSED_NOTE, PARAMETERS, REACHED, TEACHER
 from ofadiff.evaluation.report_protocol import Made, report_protocol
 from ofadiff.evaluation.sampling import Sampling, draw_share, evaluation_mode
-from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.settings import EvaluationSettings
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.profiling.cost import count_parameters
@@ -63,8 +63,8 @@ def evaluate(
 
     Args:
         pipeline: An `OFAPipeline`, or any other pipeline for a report of one row.
-        reference: Real images for FID and KID: a folder, `Images`, or uint8 `(N, 3, H, W)`. For FID alone also a file
-            of their statistics, see `FeatureStatistics.load`.
+        reference: Real images for FID, KID, MIND, precision and recall: a folder, `Images`, or uint8 `(N, 3, H, W)`.
+            For FID alone also a file of their statistics, see `FeatureStatistics.load`.
         teacher: Pipeline of the original model, with the same scheduler.
         compare: More pipelines by name, with the same scheduler: other sets of sizes, or plain ones.
         sizes: Which sizes, all by default.
@@ -80,9 +80,10 @@ def evaluate(
         ImportError: If torch-fidelity, scikit-image or transformers is needed and not installed.
         TypeError: If there is no such setting.
         ValueError: Before sampling, but for a trial image of each model: if a metric, size or extractor does not exist,
-            a metric lacks what it needs, a pipeline lacks prompts or takes no such argument, a scheduler differs from
-            the others or ignores seeds, the reference or the CLIP model cannot be read or used, or `samples_dir` holds
-            other images.
+            a metric lacks what it needs, there are too few images for it, FID is wanted over several seeds and not
+            measured, weights of the extractor cannot be had, a pipeline lacks prompts or takes no such argument, a
+            scheduler differs from the others or ignores seeds, the reference or the CLIP model cannot be read or used,
+            or `samples_dir` holds other images.
         NotFiniteError: If a model gives values that are not finite: names the size, the step and the sample.
 
     Example:
@@ -110,7 +111,7 @@ def evaluate(
     latencies = evaluation.measure_latencies()
     report = Report(settings.title, evaluation.columns())
     for candidate in candidates:
-        evaluation.measure(candidate, stores.pop(candidate.name, {}), latencies.get(candidate.name), report)
+        evaluation.measure(candidate, stores.pop(candidate.name, [{}]), latencies.get(candidate.name), report)
     made = Made(names, evaluation.count, evaluation.resolution, processes.count)
     report.protocol = report_protocol(pipeline, sampling, settings, instruments, made, reference)
     if any(map(report.missed, report.rows)):
@@ -139,15 +140,22 @@ class _Evaluation:
         """Images of each model."""
         return self.instruments.count if self.sampled else 0
 
+    @property
+    def samplings(self) -> list[Sampling]:
+        """How each set of samples is drawn: the first one, and for FID over several seeds as many again from each."""
+        seeds = [self.sampling.seed + number * self.count for number in range(self.settings.fid_seeds)]
+        return [replace(self.sampling, seed=seed) for seed in seeds]
+
     def columns(self) -> dict[str, Column]:
         """What the report shows."""
+        extractor = None if self.instruments.features is None else self.instruments.features.name
         columns = {} if self.budget is None else {"reached": REACHED}
         columns["params"] = PARAMETERS
         for name in self.names:
-            columns.update(METRICS[name].columns)
+            columns.update(METRICS[name].columns_over(extractor))
         return columns
 
-    def begin(self) -> dict[str, SavedImages | dict[int, torch.Tensor]]:
+    def begin(self) -> dict[str, list[Store]]:
         """Tries every model and instrument once, and says where the images of each model go."""
         if not self.sampled:
             return {}
@@ -157,7 +165,7 @@ class _Evaluation:
         self.resolution, self.frames = shape_in_words(trials[0]), trials[0].shape[1]
         instruments.try_on(trials[0].flatten(0, 1), self.names, self.sampling, self.resolution)
         where = settings.samples_dir, settings.overwrite_samples
-        stores = open_stores(self.candidates, self.sampling, self.resolution, *where, self.processes)
+        stores = open_stores(self.candidates, self.samplings, self.resolution, *where, self.processes)
         instruments.read_reference(height, width, settings, self.processes)
         return stores
 
@@ -176,7 +184,7 @@ class _Evaluation:
     def measure(
         self,
         candidate: Candidate,
-        store: SavedImages | dict[int, torch.Tensor],
+        stores: Sequence[Store],
         latency: float | None,
         report: Report,
     ) -> None:
@@ -185,8 +193,10 @@ class _Evaluation:
         row, stand_alone = candidate.row, candidate.load()
         share, show = Share(self.count, settings.batch_size, processes), settings.progress and processes.is_main
         if self.sampled:
-            draw_share(stand_alone, self.sampling, share, store, show, f"Sampling {candidate.name}", name=row.name)
-        images = Subset(store, share.indices)  # type: ignore[arg-type]
+            for number, (sampling, store) in enumerate(zip(self.samplings, stores, strict=True)):
+                what = f"Sampling {candidate.name}" + (f" from seed {sampling.seed}" if number else "")
+                draw_share(stand_alone, sampling, share, store, show, what, name=row.name)
+        images, *others = (Subset(store, share.indices) for store in stores)  # type: ignore[arg-type]
         denoiser = stand_alone.components[candidate.component]
         subject = Subject(
             denoiser=denoiser,
@@ -204,6 +214,8 @@ class _Evaluation:
             cost_batch_size=settings.cost_batch_size,
             frames=self.frames,
             recordings=settings.recordings,
+            other_images=others,
+            prc_neighborhood=settings.prc_neighborhood,
         )
         row.values["params"] = count_parameters(denoiser)
         if self.budget is not None:
@@ -215,7 +227,7 @@ class _Evaluation:
                     row.values.update(METRICS[name].measure(subject))
         row.values = processes.broadcast(row.values)
         _check_finite(row)
-        shown = processes.gather([(index, store[index]) for index in share.indices if index < settings.num_shown])
+        shown = processes.gather([(index, stores[0][index]) for index in share.indices if index < settings.num_shown])
         pictures = [image for _, image in sorted(shown, key=_first)]
         report.add_row(row, torch.stack(pictures) if pictures else None)
         if row.series == TEACHER:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
@@ -39,6 +39,9 @@ FEWEST = 4
 
 # Denoising steps of the trial image.
 TRIAL_STEPS = 2
+
+# Images by index, on disk or in memory.
+Store: TypeAlias = SavedImages | dict[int, torch.Tensor]
 
 
 def read_statistics(reference: Any) -> FeatureStatistics | None:
@@ -104,13 +107,26 @@ def missing_needs(candidates: Sequence[Candidate], settings: EvaluationSettings)
     return missing
 
 
-def check_counts(count: int, real: Reference | None) -> None:
-    """Raises ValueError if there are too few images for FID and KID."""
+def check_fid_seeds(fid_seeds: int, names: Sequence[str]) -> None:
+    """Raises ValueError if FID is wanted over several seeds, and is none of the metrics of these names."""
+    if fid_seeds > 1 and "fid" not in names:
+        raise ValueError(f"fid_seeds is {fid_seeds}, but FID is not measured; it needs reference images or statistics")
+
+
+def check_counts(count: int, real: Reference | None, names: Sequence[str], neighborhood: int) -> None:
+    """Raises ValueError if there are too few images for FID and its like."""
     if real is None and count < FEWEST:
         raise ValueError(f"there are {count} samples; FID takes {FEWEST}")
     if real is not None and min(count, len(real)) < FEWEST:
         raise ValueError(
             f"there are {count} samples and {len(real)} reference images; FID and KID take {FEWEST} of each"
+        )
+    asked = [name for name in ("precision", "recall") if name in names]
+    if asked and real is not None and min(count, len(real)) <= neighborhood:
+        take = "take" if len(asked) > 1 else "takes"
+        raise ValueError(
+            f"there are {count} samples and {len(real)} reference images; {' and '.join(asked)} with prc_neighborhood "
+            f"{neighborhood} {take} {neighborhood + 1} of each"
         )
 
 
@@ -139,28 +155,39 @@ def shape_in_words(image: torch.Tensor) -> str:
 
 def open_stores(
     candidates: Sequence[Candidate],
-    sampling: Sampling,
+    samplings: Sequence[Sampling],
     resolution: str,
     folder: str | Path | None,
     overwrite: bool,
     processes: Processes,
-) -> dict[str, SavedImages | dict[int, torch.Tensor]]:
-    """Where the images of each candidate go: into memory, or beside those that are in its folder already."""
+) -> dict[str, list[Store]]:
+    """Where the images of each candidate go: into memory, or beside those that are in its folder already.
+
+    There is a store for each of the samplings, which differ in their seeds.
+    """
     if folder is None:
-        return {candidate.name: {} for candidate in candidates}
-    stores = {candidate.name: SavedImages(Path(folder) / candidate.name) for candidate in candidates}
+        return {candidate.name: [{} for _ in samplings] for candidate in candidates}
+    # No name of a candidate has a "=".
+    folders = [Path(folder), *(Path(folder) / f"seed={sampling.seed}" for sampling in samplings[1:])]
+    stores: dict[str, list[Store]] = {}
+    begun: list[tuple[SavedImages, dict[str, Any]]] = []
     digests: dict[nn.Module, str] = {}
-    protocols = {each.name: image_protocol(each.load(), sampling, resolution, digests) for each in candidates}
-    for name, store in stores.items():
-        store.check(protocols[name], overwrite)
+    for candidate in candidates:
+        protocol = image_protocol(candidate.load(), samplings[0], resolution, digests)
+        saved = [SavedImages(each / candidate.name) for each in folders]
+        stores[candidate.name] = [*saved]
+        seeds = [{"first seed": sampling.seed} for sampling in samplings]
+        begun += [(store, protocol | seed) for store, seed in zip(saved, seeds, strict=True)]
+    for store, protocol in begun:
+        store.check(protocol, overwrite)
     processes.broadcast(None)  # all of them have looked before the first one writes
     if processes.is_main:
-        for name, store in stores.items():
+        for store, protocol in begun:
             if overwrite:
                 store.remove()
-            store.begin(protocols[name])
+            store.begin(protocol)
     processes.broadcast(None)
-    return dict(stores)
+    return stores
 
 
 def denoisers_of(candidates: Sequence[Candidate]) -> Iterator[tuple[str, nn.Module]]:
@@ -245,11 +272,12 @@ def make_instruments(
     count = settings.num_samples if "images" in needs else settings.num_shown
     if settings.save_reference_statistics is not None and (reference is None or statistics or "reference" not in needs):
         raise ValueError("save_reference_statistics needs reference images, and a metric that looks at them")
+    check_fid_seeds(settings.fid_seeds, names)
     made = Instruments(count, statistics=statistics)
     if "reference" in needs:
         if reference is not None and statistics is None:
             made.real = Reference(reference, settings.progress, processes)
-        check_counts(count, made.real)
+        check_counts(count, made.real, names, settings.prc_neighborhood)
         with processes.main_first():
             made.features = FeatureExtractor(settings.extractor, device)
         if statistics is not None:

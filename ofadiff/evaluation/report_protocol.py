@@ -63,6 +63,20 @@ class Made:
     processes: int
 
 
+def distance_protocol(settings: EvaluationSettings, made: Made) -> dict[str, str]:
+    """What FID was taken over, if over several seeds, and which neighbours precision and recall look at."""
+    protocol = {}
+    if settings.fid_seeds > 1:
+        sets, last = settings.fid_seeds, settings.seed + settings.fid_seeds * made.count - 1
+        protocol["FID"] = (
+            f"mean ± standard deviation over {sets} sets of {made.count} samples, seeds {settings.seed} to {last}; "
+            "other metrics look at the first set"
+        )
+    if "precision" in made.names or "recall" in made.names:
+        protocol["precision and recall"] = f"k = {settings.prc_neighborhood} nearest neighbours"
+    return protocol
+
+
 def report_protocol(
     pipeline: DiffusionPipeline,
     sampling: Sampling,
@@ -88,6 +102,7 @@ def report_protocol(
         **(call_protocol(pipeline, sampling.call_arguments) if sampling.calls is None else {}),
         "prompts": min(made.count, len(sampling.arguments["prompt"])) if "prompt" in sampling.arguments else None,
         "seeds": f"{settings.seed} to {settings.seed + made.count - 1}, one per image" if made.resolution else None,
+        **distance_protocol(settings, made),
         "batches": f"{settings.batch_size} images, {made.processes} process{several}" if made.resolution else None,
         "scheduler": type(pipeline.components["scheduler"]).__name__ if "scheduler" in pipeline.components else None,
         "budget": pipeline.subnets.budget if isinstance(pipeline, OFAPipeline) else None,
@@ -105,7 +120,7 @@ def report_protocol(
             if "memory" in made.names
             else None
         ),
-        "precision": dtype_name(denoiser_of(pipeline).dtype),
+        "number format": dtype_name(denoiser_of(pipeline).dtype),
         **describe_machine(pipeline.device),
         "command": settings.command,
     }

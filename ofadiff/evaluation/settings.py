@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ofadiff.evaluation.metrics.clip_scorer import DEFAULT_CLIP
+from ofadiff.evaluation.metrics.precision_recall import NEIGHBORHOOD
 from ofadiff.recordings.folder import Recordings
 
 
@@ -26,7 +27,12 @@ class EvaluationSettings:
             video each; for pipelines of any class.
         recordings: Recordings of the original's denoiser: costs are measured on their first call, and answers compared.
             Without calls nothing is sampled of a pipeline that cannot do without arguments.
-        extractor: Features for FID and KID: `"inception"`, another of torch-fidelity's, or a registered one.
+        extractor: Features for FID, KID, MIND, precision and recall: `"inception"`, `"dinov2"`, another of
+            torch-fidelity's, or a registered one.
+        fid_seeds: Sets of samples for FID, `num_samples` each, from seeds of their own: with several the report has the
+            mean ± standard deviation of their FIDs, and sampling takes that many times as long. Set s = 0, 1, … begins
+            at seed + s · num_samples and is asked for the same labels or prompts; other metrics look at set 0.
+        prc_neighborhood: k of precision and recall: each needs k + 1 samples and reference images.
         clip_model: CLIP for the CLIP score of images and prompts: a folder or a hub repository, see `ClipScorer`.
         cost_batch_size: Images of the forward whose latency and memory are measured.
         num_shown: Images per size that the report shows.
@@ -51,6 +57,8 @@ class EvaluationSettings:
     calls: Sequence[str | Mapping[str, Any]] | None = None
     recordings: Recordings | None = None
     extractor: str = "inception"
+    fid_seeds: int = 1
+    prc_neighborhood: int = NEIGHBORHOOD
     clip_model: str | Path = DEFAULT_CLIP
     cost_batch_size: int = 1
     num_shown: int = 10
@@ -62,6 +70,6 @@ class EvaluationSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "num_shown"):
+        for name in ("num_samples", "batch_size", "num_shown", "fid_seeds", "prc_neighborhood"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

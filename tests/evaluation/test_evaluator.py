@@ -130,7 +130,7 @@ def test_what_cannot_work_is_said_before_sampling(pipeline, teacher, reference, 
             evaluate(pipeline, **{**QUICK, **options})
 
     fails(
-        "metric is 'speed'; it must be one of macs, latency, memory, fid, kid, clip_score, psnr, ssim",
+        "metric is 'speed'; it must be one of macs, latency, memory, fid, kid, mind, precision, recall, clip_score",
         metrics=["speed"],
     )
     fails("'fid' cannot be measured: there are no reference images", metrics=["fid"])
@@ -148,6 +148,10 @@ def test_what_cannot_work_is_said_before_sampling(pipeline, teacher, reference, 
     fails("are those of the extractor 'other', not 'tiny'", reference=tmp_path / "statistics" / "real.safetensors")
     fails("extractor is 'nothing'", reference=reference, extractor="nothing")
     fails("8 samples and 3 reference images; FID and KID take 4 of each", reference=reference[:3])
+    few = "8 samples and 20 reference images; precision and recall with prc_neighborhood 8 take 9 of each"
+    fails(few, reference=reference, prc_neighborhood=8)
+    few = "8 samples and 4 reference images; recall with prc_neighborhood 5 takes 6 of each"
+    fails(few, reference=reference[:4], metrics=["recall"], prc_neighborhood=5)
     fails(r"reference images are torch\.float32", reference=reference.float())
     fails(r"shape \(20, 16, 16\); it must be \(N, 3, H, W\)", reference=reference[:, 0])
     fails("ClassConditionalDDPMPipeline is no OFAPipeline", pipeline=teacher, sizes=[0.5])

@@ -1,4 +1,4 @@
-"""Feature extractors: Inception and torch-fidelity's others, or a module of one's own."""
+"""Feature extractors: Inception, DINOv2 and torch-fidelity's others, or a module of one's own."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-# torch-fidelity's name of the InceptionV3 that published FIDs are computed with.
-ALIASES = {"inception": "inception-v3-compat"}
-# How every extractor of torch-fidelity's brings images to its input size (299x299 pixels for Inception).
+# torch-fidelity's names of the InceptionV3 that published FIDs are computed with, and of the ViT-L/14 of FD-DINOv2
+# (Stein et al. 2023, arXiv 2306.04675).
+ALIASES = {"inception": "inception-v3-compat", "dinov2": "dinov2-vit-l-14"}
+# How every extractor of torch-fidelity's brings images to its input size (299x299 pixels for Inception, 224x224 for
+# DINOv2, for which Stein et al. take Pillow's bicubic).
 TENSORFLOW_RESIZE = "bilinear as in TensorFlow 1, without antialiasing (torch-fidelity)"
 OWN: dict[str, nn.Module] = {}
 
 
 def register_extractor(name: str, module: nn.Module) -> None:
-    """Makes a module a feature extractor by name, for FID and KID on images that Inception knows nothing about.
+    """Makes a module a feature extractor by name, for FID and its like on images that Inception knows nothing about.
 
     torch-fidelity knows it by that name too. A copy is kept, frozen and in eval mode. Registering the name again
     replaces the module.
@@ -49,7 +51,7 @@ class FeatureExtractor:
         resize: How images come to its input size.
 
     Args:
-        name: `"inception"`, another name of torch-fidelity's, or one given to `register_extractor`.
+        name: `"inception"`, `"dinov2"`, another name of torch-fidelity's, or one given to `register_extractor`.
         device: Where it runs; CUDA or else the CPU.
 
     Raises:
@@ -66,8 +68,9 @@ class FeatureExtractor:
         layer = _registry()[known].get_default_feature_layer_for_metric("fid")
         try:
             self.module = create_feature_extractor(known, [layer], cuda=self.device.type == "cuda", verbose=False)
-        except OSError as error:
-            raise ValueError(f"the weights of the extractor {name!r} cannot be loaded: {error}") from error
+        except (OSError, RuntimeError) as error:  # torch.hub raises the latter without a network
+            source = " from torch.hub's facebookresearch/dinov2" if is_dinov2(known) else ""
+            raise ValueError(f"the weights of the extractor {name!r} cannot be loaded{source}: {error}") from error
         self.resize = "its own" if known in OWN else TENSORFLOW_RESIZE
 
     @torch.no_grad()
@@ -91,6 +94,11 @@ def find_extractor(name: str) -> str:
     if ALIASES.get(name, name) not in registry:
         raise ValueError(f"extractor is {name!r}; it must be one of {', '.join([*ALIASES, *sorted(registry)])}")
     return ALIASES.get(name, name)
+
+
+def is_dinov2(extractor: str | None) -> bool:
+    """Whether this is a DINOv2 of torch-fidelity's, by its name there."""
+    return extractor is not None and extractor.startswith("dinov2-vit-") and extractor not in OWN
 
 
 def _torch_fidelity() -> Any:

@@ -56,4 +56,5 @@ KID = Metric(
     kid,
     {"kid": Column("KID", digits=4, better="lower", spread="kid_std")},
     needs=("images", "reference", "reference images"),
+    over_dinov2={"kid": "KD-DINOv2"},
 )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,10 +13,12 @@ from torch.utils.data import Dataset
 
 from ofadiff.evaluation.called import Frames
 from ofadiff.evaluation.metrics.clip_scorer import ClipScorer
-from ofadiff.evaluation.metrics.extractors import FeatureExtractor
+from ofadiff.evaluation.metrics.extractors import FeatureExtractor, is_dinov2
 from ofadiff.evaluation.metrics.feature_statistics import FeatureStatistics
 from ofadiff.evaluation.report.rows import Column
 from ofadiff.recordings.folder import Recordings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Subject:
         cost_batch_size: Images of the forward whose latency and memory are measured.
         frames: F: images side by side in each sample of a video.
         recordings: What was recorded of the original's denoiser.
+        other_images: As many samples again from each of several other first seeds, for FID alone.
+        prc_neighborhood: k of precision and recall.
     """
 
     denoiser: nn.Module
@@ -59,6 +63,9 @@ class Subject:
     cost_batch_size: int = 1
     frames: int = 1
     recordings: Recordings | None = None
+    other_images: Sequence[Dataset[torch.Tensor]] = ()
+    prc_neighborhood: int = 3
+    _found: dict[Callable[[Subject], Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def pictures(self) -> Dataset[torch.Tensor]:
@@ -68,8 +75,23 @@ class Subject:
     @cached_property
     def features(self) -> torch.Tensor:
         """Features of all samples `(N, D)`, of videos of all frames `(N·F, D)`."""
+        return self._features_of(self.images)
+
+    def feature_sets(self) -> Iterator[torch.Tensor]:
+        """`features`, then those of the samples from each of the other seeds."""
+        yield self.features
+        for images in self.other_images:
+            yield self._features_of(images)
+
+    def once(self, measure: Callable[[Subject], T]) -> T:
+        """What a function makes of this subject; several metrics may ask for it, and it is called once."""
+        if measure not in self._found:
+            self._found[measure] = measure(self)
+        return self._found[measure]
+
+    def _features_of(self, images: Dataset[torch.Tensor]) -> torch.Tensor:
         assert self.extractor is not None
-        features = self.extractor.features(self.pictures, self.batch_size)
+        features = self.extractor.features(Frames(images, self.frames), self.batch_size)
         by_sample = features.unflatten(0, (-1, self.frames)) if len(features) else features
         return self.gather(by_sample).flatten(0, 1)
 
@@ -88,8 +110,15 @@ class Metric:
         needs: What it takes, of `"images"`, `"reference"` (statistics), `"reference images"`, `"teacher"`,
             `"prompts"`, `"inputs"` (example inputs of the denoiser), `"recordings"` and `"memory"` (a device that
             counts it).
+        over_dinov2: Titles of columns over DINOv2's features, where papers have other ones.
     """
 
     measure: Callable[[Subject], Mapping[str, float | None]]
     columns: Mapping[str, Column]
     needs: tuple[str, ...]
+    over_dinov2: Mapping[str, str] = field(default_factory=dict)
+
+    def columns_over(self, extractor: str | None) -> dict[str, Column]:
+        """The columns as they are called over the features of an extractor, by torch-fidelity's name."""
+        titles = self.over_dinov2 if is_dinov2(extractor) else {}
+        return {name: replace(each, title=titles.get(name, each.title)) for name, each in self.columns.items()}

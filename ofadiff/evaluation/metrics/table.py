@@ -11,6 +11,8 @@ from ofadiff.evaluation.metrics.costs import LATENCY, MACS, MEMORY
 from ofadiff.evaluation.metrics.fid import FID
 from ofadiff.evaluation.metrics.kid import KID
 from ofadiff.evaluation.metrics.metric import Metric
+from ofadiff.evaluation.metrics.mind import MIND
+from ofadiff.evaluation.metrics.precision_recall import PRECISION, RECALL
 
 # A new metric is one file and one line here.
 METRICS: dict[str, Metric] = {
@@ -19,6 +21,9 @@ METRICS: dict[str, Metric] = {
     "memory": MEMORY,
     "fid": FID,
     "kid": KID,
+    "mind": MIND,
+    "precision": PRECISION,
+    "recall": RECALL,
     "clip_score": CLIP_SCORE,
     "psnr": PSNR,
     "ssim": SSIM,

@@ -87,6 +87,8 @@ def _draw_panel(axes: Any, report: Results, name: str, column: Column, palette: 
         color = palette.joint if own else next(baselines)
         look = {"linewidth": 2.2, "markersize": 6.5} if own else {"linewidth": 1.6, "markersize": 4.5}
         axes.plot(*zip(*points, strict=True), "o-", color=color, label=series, zorder=3 if own else 2, **look)
+        for x, y, spread in _spreads(rows, name, column.spread):
+            axes.errorbar(x, y, spread, fmt="none", ecolor=color, elinewidth=1.2, capsize=3)
     teacher = None if report.teacher is None else report.teacher.values.get(name)
     if teacher is not None:
         heights.append(teacher)
@@ -102,6 +104,12 @@ def _draw_panel(axes: Any, report: Results, name: str, column: Column, palette: 
     axes.grid(axis="y", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9)
+
+
+def _spreads(rows: list[Row], name: str, spread: str) -> list[tuple[float, float, float]]:
+    """Parameters, value and what stands behind its ± of the rows that have all three."""
+    found = [[row.values.get(key) for key in ("params", name, spread)] for row in rows]
+    return [(x, y, z) for x, y, z in found if x is not None and y is not None and z is not None]
 
 
 def _points(rows: list[Row], name: str) -> list[tuple[float, float]]:
