@@ -30,7 +30,7 @@ ORDER = [
     {"supernet"},
     {"noise"},
     {"denoisers"},
-    {"profiling", "importance"},
+    {"profiling", "importance", "correction"},
     {"allocation"},
     {"architectures", "data", "reweight"},
     {"training", "pipelines"},

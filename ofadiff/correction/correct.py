@@ -15,7 +15,7 @@ import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +37,12 @@ LARGEST_WEIGHT = 10.0
 
 @dataclass(frozen=True)
 class _Correction:
-    """What is asked for; see `correct_readers`."""
+    """What is asked for, see `correct_readers`, and what is known on the way.
+
+    Attributes:
+        calls: For every batch how often its forward calls each reader, in the order of the first calls.
+        originals: Weights and biases of the readers that are corrected already, as they were.
+    """
 
     supernet: Supernet
     batches: Iterable[Any]
@@ -45,8 +50,8 @@ class _Correction:
     weights: Mapping[float, float]
     max_positions: int
     seed: int
-    calls: Mapping[str, int]
-    originals: dict[str, readers.Parameters]
+    calls: list[dict[str, int]] = field(default_factory=list)
+    originals: dict[str, readers.Parameters] = field(default_factory=dict)
 
     def forwards(self) -> Iterator[tuple[int, Callable[[], Any]]]:
         """Every batch by its number: what calls the model on it, each time with the same random numbers."""
@@ -55,10 +60,21 @@ class _Correction:
 
     def _forward(self, number: int, batch: Any) -> None:
         model = self.supernet.model
-        devices = [model.device] if model.device.type != "cpu" else []
-        with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):
+        kind = model.device.type
+        devices = [] if kind == "cpu" else [model.device]
+        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
             torch.manual_seed(self.seed + number)
             self.loss_fn(model, batch)
+
+    def count_calls(self) -> list[str]:
+        """Fills `calls`; the readers in the order of the forward."""
+        names = readers.find_readers(self.supernet.groups)
+        for _, forward in self.forwards():
+            with _at_full_width(self):
+                self.calls.append(readers.count_calls(self.supernet.model, names, forward))
+        if not self.calls:
+            raise ValueError("there is no batch to correct the readers on")
+        return list(dict.fromkeys(name for calls in self.calls for name in calls))
 
 
 @torch.no_grad()
@@ -95,7 +111,7 @@ def correct_readers(
         max_positions: At most so many positions of each sample (pixels, tokens) are looked at, a random choice.
         seed: Of that choice, and of random numbers that `loss_fn` draws.
         reduce: Adds up a tensor over all processes where each has its share of the batches, such as
-            `accelerator.reduce`; the batches of all of them must be equally many.
+            `accelerator.reduce`.
         progress: Show a bar.
 
     Returns:
@@ -112,32 +128,35 @@ def correct_readers(
     """
     check_arguments(supernet, batches, weights or {}, ridge, adapter_rank, readers_at_once, max_positions)
     model = supernet.model
-    counted = {size: 1.0 for size in supernet.sizes} | {supernet.sizes[-1]: LARGEST_WEIGHT} | dict(weights or {})
-    was_training = model.training
-    model.eval()
-    try:
-        with supernet.used_at(None):
-            work = _Correction(supernet, batches, loss_fn, counted, max_positions, seed, {}, {})
-            work = _with_calls(work)
+    counted = dict.fromkeys(supernet.sizes, 1.0) | {supernet.sizes[-1]: LARGEST_WEIGHT}
+    counted |= {supernet.subnets.find(each).size: weight for each, weight in (weights or {}).items()}
+    work = _Correction(supernet, batches, loss_fn, counted, max_positions, seed)
+    was_training, size = model.training, supernet.size
+    with supernet.used_at(None):
+        model.eval()
+        try:
+            names = work.count_calls()
+            waves = [names[first : first + readers_at_once] for first in range(0, len(names), readers_at_once)]
             left: dict[str, float] = {}
             updates: dict[float, dict[str, LowRankUpdate]] = {size: {} for size in supernet.sizes}
-            names = list(work.calls)
-            waves = [names[first : first + readers_at_once] for first in range(0, len(names), readers_at_once)]
             for wave in tqdm(waves, "Correction", disable=not progress):
                 equations = _measure(work, wave, each=adapter_rank > 0)
                 for name in wave:
                     own = equations.pop(name)
                     if reduce is not None:
                         own.reduce(reduce)
-                    left[name], ups = _correct(work, name, own, ridge, adapter_rank)
-                    for size, update in ups.items():
-                        updates[size][name] = update
+                    left[name], found = _correct(work, name, own, ridge, adapter_rank)
+                    for adapted, update in found.items():
+                        updates[adapted][name] = update
                 if adapter_rank:
                     _give_adapters(supernet, updates, adapter_rank)
-            return left
-    finally:
-        supernet.set_size("largest")
-        model.train(was_training)
+        except BaseException:
+            _undo(work)
+            raise
+        finally:
+            supernet.set_size(size)
+            model.train(was_training)
+    return left
 
 
 def check_arguments(
@@ -173,18 +192,12 @@ def check_arguments(
         raise ValueError(f"size {sizes} has an adapter already; the correction is for a supernet that is not trained")
 
 
-def _with_calls(work: _Correction) -> _Correction:
-    """With the readers in the order of the forward."""
-    model = work.supernet.model
-    names = readers.find_readers(work.supernet.groups)
-    for _, forward in work.forwards():
-        with _at_full_width(work):
-            calls = readers.order_of_calls(model, names, forward)
-        originals: dict[str, readers.Parameters] = {}
-        return _Correction(
-            work.supernet, work.batches, work.loss_fn, work.weights, work.max_positions, work.seed, calls, originals
-        )
-    raise ValueError("there is no batch to correct the readers on")
+def _undo(work: _Correction) -> None:
+    """Gives the supernet the weights back that it came with."""
+    for name, parameters in work.originals.items():
+        readers.set_parameters(work.supernet.model.get_submodule(name), parameters)
+    for size in list(work.supernet.size_adapters):
+        work.supernet.set_size_adapter(size, None)
 
 
 @contextmanager
@@ -192,7 +205,7 @@ def _at_full_width(work: _Correction) -> Iterator[None]:
     """The original: all units of all groups, and readers as they were."""
     supernet = work.supernet
     set_widths(supernet.model, supernet.groups, {group.name: group.width for group in supernet.groups})
-    for name in work.calls:
+    for name in work.originals:
         supernet.model.get_submodule(name).updates = ()
     with readers.with_parameters(supernet.model, work.originals):
         yield
@@ -267,7 +280,7 @@ class _Targets:
         return {name: functools.partial(compare, name) for name in self.wave}
 
     def _stop_after(self, name: str, calls: int) -> None:
-        if name == self.wave[-1] and calls == self.work.calls[name]:
+        if name == self.wave[-1] and calls == self.work.calls[self.number].get(name):
             readers.stop()
 
 

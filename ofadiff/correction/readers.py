@@ -4,7 +4,7 @@ with."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,9 +20,7 @@ Parameters = tuple[Tensor, Tensor | None]
 
 def find_readers(groups: Sequence[ChannelGroup]) -> list[str]:
     """Names of the layers that read channels of groups and write to what no group cuts: the ends of branches."""
-    return [
-        name for name, parts in slices_by_module(groups).items() if all(part.axis == "in" for _, part in parts)
-    ]
+    return [name for name, parts in slices_by_module(groups).items() if all(part.axis == "in" for _, part in parts)]
 
 
 def active_columns(layer: nn.Module, parts: Sequence[tuple[Slice, int]]) -> Tensor:
@@ -52,28 +50,30 @@ def patches(layer: nn.Module, input: Tensor, positions: Tensor | None = None) ->
         positions: Only these, numbered over all that are not N and channels; by default all.
     """
     if isinstance(layer, nn.Linear):
-        rows = input.reshape(input.shape[0], -1, input.shape[-1])
+        rows = input.unsqueeze(1) if input.ndim == 2 else input.flatten(1, -2)
         return (rows if positions is None else rows[:, positions]).flatten(0, 1)
     if any(layer._reversed_padding_repeated_twice):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         input = nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=mode)
     spatial = input.ndim - 2
-    for axis, (kernel, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+    axes = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for axis, (kernel, stride, dilation) in enumerate(axes):
         input = input.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
     windows = input.movedim(1, 1 + spatial)  # (N, positions…, in, kernel…), a view
     if positions is not None:
-        windows = windows[:, *torch.unravel_index(positions, windows.shape[1 : 1 + spatial])]
-    return windows.reshape(-1, layer.weight.shape[1:].numel() // layer.weight.shape[1] * windows.shape[-1 - spatial])
+        index = (slice(None), *torch.unravel_index(positions, windows.shape[1 : 1 + spatial]))
+        windows = windows[index]
+    return windows.flatten(-1 - spatial).flatten(0, -2)
 
 
 def output_rows(layer: nn.Module, output: Tensor, positions: Tensor | None = None) -> Tensor:
     """What a layer returned, a row per position: `(N * positions, out)`; see `patches`."""
     rows = output if isinstance(layer, nn.Linear) else output.movedim(1, -1)
-    rows = rows.reshape(rows.shape[0], -1, rows.shape[-1])
+    rows = rows.unsqueeze(1) if rows.ndim == 2 else rows.flatten(1, -2)
     return (rows if positions is None else rows[:, positions]).flatten(0, 1)
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """All that is looked for in a forward has been seen."""
 
 
@@ -83,7 +83,7 @@ def watched(model: nn.Module, seen: Mapping[str, Callable[[nn.Module, Tensor, Te
 
     Args:
         model: The denoiser.
-        seen: For names of layers what is called; it may raise `_Reached`.
+        seen: For names of layers what is called; it may raise `_ReachedError`.
     """
 
     def hook_of(function: Callable[[nn.Module, Tensor, Tensor], None]) -> Any:
@@ -102,19 +102,17 @@ def watched(model: nn.Module, seen: Mapping[str, Callable[[nn.Module, Tensor, Te
 
 def run_until(forward: Callable[[], Any]) -> None:
     """Runs a forward; what watches it may stop it."""
-    try:
+    with suppress(_ReachedError):
         forward()
-    except _Reached:
-        pass
 
 
 def stop() -> None:
     """Ends the forward that `run_until` runs."""
-    raise _Reached
+    raise _ReachedError
 
 
-def order_of_calls(model: nn.Module, names: Sequence[str], forward: Callable[[], Any]) -> dict[str, int]:
-    """The layers that a forward calls, in the order of their first calls, each with how often it is called."""
+def count_calls(model: nn.Module, names: Sequence[str], forward: Callable[[], Any]) -> dict[str, int]:
+    """How often a forward calls each layer, in the order of their first calls."""
     calls: dict[str, int] = {}
 
     def counter(name: str) -> Callable[[nn.Module, Tensor, Tensor], None]:
