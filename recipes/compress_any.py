@@ -52,6 +52,8 @@ def compress(
 
         # Sorted once, so that every subnet is a prefix.
         supernet = Supernet(denoiser, groups, scores, subnets, runs.provenance(run))
+        # In closed form: what is left of each branch gives what the original's gives.
+        runs.correct(run, supernet)
     runs.show_sizes(run, supernet)
 
     # Equation 6: one subnet per step, taught by what the original answered.

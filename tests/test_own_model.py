@@ -314,7 +314,7 @@ def test_images_compress_it_as_they_do_diffusers_own(make, tmp_path, monkeypatch
         "model": Model(pretrained_model_name_or_path=str(tmp_path / "teacher")),
         "data": Data(train_data_dir=str(tmp_path / "images"), validation_fraction=0.25),
         "output": Output(output_dir=str(tmp_path / "out")),
-        "compression": Compression(sizes=(0.5, 1.0), importance_samples=4),
+        "compression": Compression(sizes=(0.5, 1.0), importance_samples=4, correction_samples=4),
         "optimization": Optimization(max_train_steps=2, train_batch_size=2, lr_warmup_steps=0),
         "watching": Watching(validation_samples=4, num_validation_images=0),
     }

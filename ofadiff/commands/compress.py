@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ofadiff.basis.rotation import rotate_attention
 from ofadiff.denoisers.kind import DenoiserKind
+from ofadiff.runs.correction import correct
 from ofadiff.runs.joint import train_jointly
 from ofadiff.runs.recorded import start_recorded
 from ofadiff.runs.result import save
@@ -86,5 +87,6 @@ def make_supernet(run: Run) -> Supernet:
         scores = score(run, groups)
         subnets = choose_sizes(run, groups, scores, latencies)
         supernet = Supernet(run.denoiser, groups, scores, subnets, provenance(run))
+        correct(run, supernet)
     show_sizes(run, supernet)
     return supernet

@@ -1,5 +1,6 @@
 """Runs: from what a user asks for to the files that come out, around the joint training."""
 
+from ofadiff.runs.correction import correct
 from ofadiff.runs.healing import make_single_size, save_healed, start_healing
 from ofadiff.runs.joint import train_jointly
 from ofadiff.runs.recorded import start_recorded
@@ -38,6 +39,7 @@ __all__ = [
     "TrainingResult",
     "Watching",
     "choose_sizes",
+    "correct",
     "make_single_size",
     "measure_latency",
     "provenance",

@@ -93,6 +93,14 @@ def check_run(settings: RunSettings, accelerator: Accelerator, original: Origina
             f"FSDP does not work with diffusers' {original.kind.model}, which uses a weight of its first block outside "
             "that block: choose plain multi-GPU in `accelerate config`"
         )
+    compression = settings.compression
+    if settings.one_size is None and compression.correction_rank and settings.optimization.max_train_steps:
+        raise ValueError(
+            f"--correction_rank {compression.correction_rank} is for sizes that are not trained (--max_train_steps 0); "
+            f"this run trains {settings.optimization.max_train_steps} steps, after which those LoRAs would not fit"
+        )
+    if compression.correction_rank and not compression.correction_samples:
+        raise ValueError("--correction_rank needs --correction_samples to be above 0")
     # What costs are measured on may have to be recorded first.
     check_sizes(settings.compression, original.denoiser, counted=original.kind.condition != CALLS)
 

@@ -173,6 +173,14 @@ class Compression(Bundle):
     """of the criterion taylor: leave out images whose loss is under this share of the largest; 0 by default"""
     rotate: Annotated[bool, Parameter(negative="--no-rotate")] = True
     """turn attention heads into the basis of their singular vectors before ranking"""
+    correction_samples: Annotated[int, COUNT_OR_NONE] = 384
+    """noisy images on which the sizes are fitted to the original in closed form before they are trained; 0 for none"""
+    correction_rank: Annotated[int, COUNT_OR_NONE] = 0
+    """rank of a LoRA that each size gets for what it needs beyond the weights that all share, where nothing is trained
+    (--max_train_steps 0); 0 for none
+    """
+    correction_ridge: Annotated[float, POSITIVE] = 1e-3
+    """pull of that fit towards the weights as they are; more for fewer samples"""
     reweight: Annotated[str, one_of(STRATEGIES)] = "linear"
     """how the size of each step is drawn: linear, uniform or sandwich"""
     reweight_m: Annotated[float | None, POSITIVE] = None

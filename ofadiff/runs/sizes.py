@@ -120,6 +120,8 @@ def provenance(run: Run) -> dict[str, object]:
         "criterion": compression.criterion,
         "importance_samples": compression.importance_samples,
         "rotate": compression.rotate,
+        "correction_samples": compression.correction_samples,
+        "correction_rank": compression.correction_rank,
         "reweight": compression.reweight,
         "max_train_steps": optimization.max_train_steps,
         "seed": optimization.seed,

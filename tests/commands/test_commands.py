@@ -23,6 +23,7 @@ TINY = {
     "max_train_steps": 1,
     "train_batch_size": 2,
     "importance_samples": 2,
+    "correction_samples": 2,
     "validation_samples": 2,
     "lr_warmup_steps": 0,
 }
@@ -61,7 +62,7 @@ def test_from_the_original_to_a_report(run, digits, tmp_path, capsys):
     made = run("compress", **originals, **TINY, output_dir=tmp_path / "ofa", sizes="0.6 1.0", num_validation_images=0)
     assert made.steps == 1
     checkpoint = {"pretrained_model_name_or_path": tmp_path / "ofa", "train_data_dir": digits / "images"}
-    tiny = {name: value for name, value in TINY.items() if name != "importance_samples"}
+    tiny = {name: value for name, value in TINY.items() if name not in ("importance_samples", "correction_samples")}
     healed = {"size": "smallest", "lora_rank": 2, "num_validation_images": 0}
     run("heal", **checkpoint, **tiny, **healed, output_dir=tmp_path / "ofa")
     assert list(OFAPipeline.from_pretrained(tmp_path / "ofa").supernet.size_adapters) == [0.6]
@@ -89,7 +90,14 @@ def test_one_size_of_a_class_conditional_transformer_is_healed(run, dit_files, t
     run("compress", **original, **data, **TINY, output_dir=tmp_path / "ofa", sizes="0.7 1.0")
     before = OFAPipeline.from_pretrained(tmp_path / "ofa", size=0.7).transformer
     out = tmp_path / "ofa" if rank else tmp_path / "small"
-    healing = {**TINY, "max_train_steps": 8, "importance_samples": None, "learning_rate": 1e-2, "ema_decay": 0}
+    healing = {
+        **TINY,
+        "max_train_steps": 8,
+        "importance_samples": None,
+        "correction_samples": None,
+        "learning_rate": 1e-2,
+        "ema_decay": 0,
+    }
     checkpoint = {"pretrained_model_name_or_path": tmp_path / "ofa", "size": 0.7, "lora_rank": rank}
     result = run("heal", **checkpoint, **data, **healing, output_dir=out)
     assert result.history[8][0.7] < result.history[0][0.7]
@@ -106,7 +114,13 @@ def test_one_size_of_a_text_to_image_transformer_is_healed(run, tmp_path):
     data |= {"validation_prompts": "a", "validation_inference_steps": 1, "validation_fraction": 0.2}
     run("compress", pretrained_model_name_or_path=tmp_path / "original", **data, **TINY, output_dir=tmp_path / "ofa",
         sizes="0.7 1.0")  # fmt: skip
-    healing = {**TINY, "importance_samples": None, "lora_rank": 2, "output_dir": tmp_path / "ofa"}
+    healing = {
+        **TINY,
+        "importance_samples": None,
+        "correction_samples": None,
+        "lora_rank": 2,
+        "output_dir": tmp_path / "ofa",
+    }
     run("heal", pretrained_model_name_or_path=tmp_path / "ofa", size=0.7, **data, **healing)
     layers = json.loads((tmp_path / "ofa/transformer/ofa_adapters/0.7/adapter_config.json").read_text())
     assert {"to_q", "add_k_proj"} <= set(layers["target_modules"])

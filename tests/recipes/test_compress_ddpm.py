@@ -57,6 +57,7 @@ def flags(files, tmp_path, words):
             "max_train_steps": 3,
             "train_batch_size": 2,
             "importance_samples": 8,
+            "correction_samples": 8,
             "validation_samples": 8,
             "num_validation_images": 0,
             "lr_warmup_steps": 0,
@@ -110,6 +111,25 @@ def test_the_result_is_a_pipeline_with_every_size(run, files, tmp_path, teacher,
     assert type(plain) is DDPMPipeline and type(plain.unet) is UNet2DModel
     with Image.open(tmp_path / "out" / "samples" / "000003.png") as grid:
         assert grid.size == (2 * 8, 2 * 8)  # two seeds by two sizes
+
+
+def test_sizes_that_are_not_trained_are_fitted_in_closed_form(run, files, tmp_path):
+    untrained = {"max_train_steps": 0, "train_data_dir": files / "images", "importance_samples": 8}
+    original = UNet2DModel.from_pretrained(files / "unconditional" / "unet")
+    sample, time = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5, 45, 10)
+    distances = {}
+    for name, samples, rank in (("cut", 0, 0), ("shared", 64, 0), ("own", 64, 4)):
+        run(output_dir=tmp_path / name, correction_samples=samples, correction_rank=rank, **untrained)
+        with torch.no_grad():
+            small = OFAPipeline.from_pretrained(tmp_path / name, size=0.5).unet
+            distances[name] = float((small(sample, time).sample - original(sample, time).sample).square().mean())
+    assert distances["own"] < distances["shared"] < distances["cut"]
+    assert list(Supernet.from_pretrained(tmp_path / "own" / "unet").size_adapters) == [0.5, 1.0]
+    with pytest.raises(ValueError, match=r"--correction_rank 4 is for sizes that are not trained.* trains 3 steps"):
+        run(output_dir=tmp_path / "refused", correction_rank=4)
+    with pytest.raises(ValueError, match="--correction_rank needs --correction_samples"):
+        run(output_dir=tmp_path / "refused", correction_rank=4, correction_samples=0, max_train_steps=0)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_two_processes_train_as_one_does(run, launch, flags, tmp_path):

@@ -61,6 +61,7 @@ def arguments(files, tmp_path, words):
             "max_train_steps": 3,
             "train_batch_size": 2,
             "importance_samples": 8,
+            "correction_samples": 8,
             "validation_samples": 8,
             "num_validation_images": 0,
             "lr_warmup_steps": 0,
@@ -116,7 +117,7 @@ def test_the_model_that_training_leaves_is_saved(files, tmp_path):
             Model(pretrained_model_name_or_path=str(files / "latents")),
             Data(train_data_dir=str(files / "images")),
             Output(output_dir=str(tmp_path / "out")),
-            compression=Compression(sizes=(0.7, 1.0), importance_samples=8),
+            compression=Compression(sizes=(0.7, 1.0), importance_samples=8, correction_samples=8),
         )
     )
     supernet = make_supernet(run)

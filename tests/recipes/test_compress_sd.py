@@ -50,6 +50,7 @@ def flags(files, tmp_path, words):
             "max_train_steps": 3,
             "train_batch_size": 2,
             "importance_samples": 4,
+            "correction_samples": 4,
             "validation_samples": 4,
             "lr_warmup_steps": 0,
             "checkpointing_steps": 2,

@@ -44,6 +44,7 @@ def run(files, tmp_path, words, recipe):
             "max_train_steps": 2,
             "train_batch_size": 2,
             "importance_samples": 2,
+            "correction_samples": 2,
             "validation_samples": 2,
             "validation_fraction": 0.2,
             "lr_warmup_steps": 0,

@@ -52,6 +52,7 @@ def run(words, recipe, tmp_path):
             "max_train_steps": 1,
             "train_batch_size": 2,
             "importance_samples": 2,
+            "correction_samples": 2,
             "validation_samples": 2,
             "lr_warmup_steps": 0,
             "validation_inference_steps": 1,

@@ -117,7 +117,7 @@ def test_classes_of_folders(run, files, tmp_path, capsys):  # noqa: F811
 
 def test_fewer_scoring_images_than_processes(run, launch, flags, tmp_path):  # noqa: F811
     """One image is scored by one of two processes; both get its scores, as one process does."""
-    options = {"importance_samples": 1, "max_train_steps": 0, "validation_samples": 1}
+    options = {"importance_samples": 1, "correction_samples": 1, "max_train_steps": 0, "validation_samples": 1}
     two = launch("compress_ddpm.py", flags(output_dir=tmp_path / "two", **options), TWO, ACCELERATE_USE_CPU="true")
     assert two.returncode == 0, two.stderr
     run(output_dir=tmp_path / "one", **options)

@@ -38,7 +38,8 @@ def latte(saved, tmp_path_factory):
     """Folder of a text-to-video pipeline, its calls, a checkpoint `ofa` of it and the recordings of the original."""
     folder, out = saved("latte"), tmp_path_factory.mktemp("latte")
     words = f"compress --pretrained_model_name_or_path {folder / 'pipeline'} --calls_file {folder / 'calls.jsonl'} "
-    words += f"{TINY} --importance_samples 4 --steps_per_call 1 --sizes 0.8 1.0 --output_dir {out / 'ofa'}"
+    words += f"{TINY} --importance_samples 4 --correction_samples 4 --steps_per_call 1 "
+    words += f"--sizes 0.8 1.0 --output_dir {out / 'ofa'}"
     call(make_app(), words.split())
     return folder, out
 
@@ -78,7 +79,8 @@ def test_a_size_is_healed_on_recordings_of_the_original(latte, tmp_path):
 def test_resumed_runs_on_recordings_end_with_the_same_weights(latte, saved, tmp_path):
     folder = saved("latte")
     words = f"compress --pretrained_model_name_or_path {folder / 'pipeline'} --calls_file {folder / 'calls.jsonl'} "
-    words += "--train_batch_size 2 --importance_samples 4 --validation_fraction 0 --steps_per_call 1 --sizes 0.8 1.0 "
+    words += "--train_batch_size 2 --importance_samples 4 --correction_samples 4 --validation_fraction 0 "
+    words += "--steps_per_call 1 --sizes 0.8 1.0 "
     words += f"--lr_scheduler constant_with_warmup --lr_warmup_steps 0 --recordings_dir {tmp_path / 'r'} "
     words += "--checkpointing_steps 2 --max_train_steps"
     call(make_app(), [*words.split(), "4", "--output_dir", str(tmp_path / "whole")])

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* of the parameters are elastic
 
 def words_of(folder, out, *extra):
     words = f"compress --pretrained_model_name_or_path {folder / 'pipeline'} --calls_file {folder / 'calls.jsonl'} "
-    words += "--max_train_steps 1 --train_batch_size 2 --importance_samples 2 --steps_per_call 1 --lr_warmup_steps 0 "
+    words += "--max_train_steps 1 --train_batch_size 2 --importance_samples 2 --correction_samples 2 "
+    words += "--steps_per_call 1 --lr_warmup_steps 0 "
     return [*words.split(), "--sizes", "0.8", "1.0", "--output_dir", str(out), *extra]
 
 

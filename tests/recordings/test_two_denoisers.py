@@ -12,7 +12,10 @@ from ofadiff.commands.command import call
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.* of the parameters are elastic:UserWarning")]
 
-TINY = "--max_train_steps 1 --train_batch_size 2 --importance_samples 2 --validation_fraction 0 --steps_per_call 1"
+TINY = (
+    "--max_train_steps 1 --train_batch_size 2 --importance_samples 2 --correction_samples 2 --validation_fraction 0 "
+    "--steps_per_call 1"
+)
 BOTH = ("transformer", "transformer_2")
 
 

@@ -1,0 +1,65 @@
+"""How a run fits the readers of its sizes before it trains: on its own data, by all processes together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+
+from ofadiff.correction import correct_readers
+from ofadiff.data.captioned_stream import TextToImageStream
+from ofadiff.data.mixed_samples import MixedSamples
+from ofadiff.data.order import fixed_batches
+from ofadiff.runs.run import Run
+from ofadiff.supernet import Supernet
+from ofadiff.training.losses import denoising_loss
+
+
+def correct(run: Run, supernet: Supernet) -> None:
+    """Fits the readers of a new supernet in closed form, in place, see `correct_readers`; on every process.
+
+    Args:
+        run: Its `--correction_samples` noisy samples are what the readers are fitted on; with 0 nothing is done.
+        supernet: As `Supernet(…)` made it, not trained.
+
+    Raises:
+        ValueError: If what a reader reads or gives is not finite.
+    """
+    accelerator, compression, optimization = run.accelerator, run.settings.compression, run.settings.optimization
+    count = compression.correction_samples
+    if not count:
+        return
+    supernet.model.to(accelerator.device)
+    # Where there are fewer samples than processes each looks at all of them.
+    alone = count < accelerator.num_processes
+    share = (0, 1) if alone else (accelerator.process_index, accelerator.num_processes)
+    training = run.data.training
+    data = training.first(count) if isinstance(training, TextToImageStream) else training
+    data = data.recorded if isinstance(data, MixedSamples) else data
+    batch_size = compression.importance_batch_size or optimization.train_batch_size
+    batches = fixed_batches(data, count, batch_size, optimization.seed, "correction", *share)
+    half = accelerator.mixed_precision == "bf16"
+    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
+        correct_readers(
+            supernet,
+            _OnDevice(batches, accelerator.device),
+            functools.partial(denoising_loss, prepare=run.prepare),
+            ridge=compression.correction_ridge,
+            adapter_rank=compression.correction_rank,
+            seed=optimization.seed,
+            reduce=None if alone or accelerator.num_processes == 1 else accelerator.reduce,
+            progress=accelerator.is_main_process,
+        )
+
+
+class _OnDevice:
+    """Batches on a device, read again as often as wanted."""
+
+    def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+
+    def __iter__(self) -> Iterator[Any]:
+        return (send_to_device(batch, self.device) for batch in self.batches)
