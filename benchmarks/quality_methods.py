@@ -167,8 +167,11 @@ class Variant:
     optimization: Mapping[str, Any] = field(default_factory=dict)
 
 
+PLAIN = {"correction_samples": 0}
+
 VARIANTS = {
     "ofadiff": Variant(),
+    "ofadiff-uncorrected": Variant(compression=PLAIN),
     "ofadiff-distill4": Variant(losses={"distill_weight": 4.0}),
     "ofadiff-features": Variant(losses={"feature_distill_weight": 0.1}),
     "ofadiff-no-distill": Variant(losses={"distill_weight": 0.0}),
@@ -177,6 +180,9 @@ VARIANTS = {
     "ofadiff-lr1e-3": Variant(optimization={"learning_rate": 1e-3}),
     "ofadiff-drop": Variant(compression={"min_keep": 0.0}),
 }
+
+# Before any training: our cut alone, its readers fitted for all sizes together, and with what each size owns.
+CUTS = {"cut_ofadiff": PLAIN, "cut_corrected": {}, "cut_corrected_own": {"correction_rank": 8}}
 
 
 def run_settings(job: Job, variant: Variant, output: str) -> runs.RunSettings:
@@ -216,7 +222,7 @@ def train_library(job: Job, variant: Variant) -> Mapping[str, Any]:
 
 def cut_alone(job: Job) -> Supernet:
     """The library's own cut of the job's sizes, without any training."""
-    return make_supernet(runs.start(run_settings(job, Variant(), str(job.folder / "supernet"))))
+    return make_supernet(runs.start(run_settings(job, Variant(compression=PLAIN), str(job.folder / "supernet"))))
 
 
 def train_scratch(job: Job) -> Mapping[str, Any]:
@@ -427,9 +433,11 @@ def library_methods() -> dict[str, Method]:
         name: Method(functools.partial(train_library, variant=variant), each_size=False)
         for name, variant in VARIANTS.items()
     }
-    made["cut_ofadiff"] = Method(functools.partial(train_library, variant=Variant()), each_size=False, share="none")
+    for name, changes in CUTS.items():
+        train = functools.partial(train_library, variant=Variant(compression=changes))
+        made[name] = Method(train, each_size=False, share="none")
     for name, weight in (("alone", 0.0), ("alone_distilled", 1.0)):
-        train = functools.partial(train_library, variant=Variant(losses={"distill_weight": weight}))
+        train = functools.partial(train_library, variant=Variant(PLAIN, losses={"distill_weight": weight}))
         made[name] = Method(train, each_size=True)
         made[name.replace("alone", "alone_share")] = Method(train, each_size=True, share="size")
     return made
