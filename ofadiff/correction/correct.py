@@ -271,10 +271,10 @@ class _Targets:
             seen[name] += 1
             chosen = self.positions[name][call]
             rows = readers.patches(layer, input, chosen)
-            residual = self.outputs[name][call] - readers.output_rows(layer, output, chosen)
-            if not (torch.isfinite(rows).all() and torch.isfinite(residual).all()):
+            target, given = self.outputs[name][call], readers.output_rows(layer, output, chosen)
+            if not all(torch.isfinite(values).all() for values in (rows, target, given)):
                 raise ValueError(f"{name} reads or gives values that are not finite; correct in float32 or bfloat16")
-            equations[name].add(size, rows, residual, weight)
+            equations[name].add(size, rows, target, given, weight)
             self._stop_after(name, seen[name])
 
         return {name: functools.partial(compare, name) for name in self.wave}

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+# A residual this many times longer than the mean target counts as one of that length.
+LARGEST_RESIDUAL = 10.0
+
 # Adds up a tensor over all processes.
 Reduce = Callable[[Tensor], Tensor]
 
@@ -45,11 +48,19 @@ class NormalEquations:
         """Whether a size reads anything; one that drops the branch keeps the bias alone."""
         return len(self.columns[size]) > self.bias
 
-    def add(self, size: int, rows: Tensor, residual: Tensor, weight: float) -> None:
-        """Adds what one size reads, `(rows, columns)`, and what its output lacks, `(rows, outputs)`."""
-        rows, residual = rows.double(), residual.double()
+    def add(self, size: int, rows: Tensor, target: Tensor, output: Tensor, weight: float) -> None:
+        """Adds what one size reads, `(rows, columns)`, and what it should give and gives, `(rows, outputs)` both.
+
+        A row that lacks far more than targets are long counts no more than one that lacks `LARGEST_RESIDUAL` times
+        their length (Huber's weights, 1964): a linear attention whose divisor comes close to zero would decide alone.
+        """
+        rows, residual = rows.double(), target.double() - output.double()
         if self.bias:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        length = target.double().square().sum(dim=1).mean().sqrt()
+        lacking = residual.square().sum(dim=1, keepdim=True).sqrt()
+        factor = (LARGEST_RESIDUAL * length / lacking.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1).sqrt()
+        rows, residual = rows * factor, residual * factor
         columns = self.columns[size]
         gram, products = rows.T @ rows, rows.T @ residual
         self.gram[columns[:, None], columns] += weight * gram

@@ -12,7 +12,7 @@ from huggingface_hub import whoami
 
 from ofadiff.runs.settings import Optimization, Output, RunSettings, Watching
 from ofadiff.storage.ofa_config import ADAPTERS_NAME
-from ofadiff.training.checkpoint import check_flags, find_checkpoint, list_checkpoints
+from ofadiff.training.checkpoint import check_flags, find_checkpoint, list_checkpoints, read_flags
 from ofadiff.training.sharding import check_sharding, is_sharded
 
 # Flags that a resumed run may give anew: they say where things are and what is watched, not what is trained. With
@@ -51,6 +51,13 @@ def check_same_flags(checkpoint: Path, settings: RunSettings) -> None:
     """Raises ValueError if a run is asked for something else than the one that wrote a checkpoint."""
     flags = {name: value for name, value in settings.flags().items() if name not in COMPARED_ELSEWHERE}
     check_flags(checkpoint, flags, MAY_CHANGE)
+
+
+def default_optimizer(settings: RunSettings, accelerator: Accelerator, checkpoint: Path | None) -> str:
+    """What trains all sizes where no optimizer was asked for; a resumed run goes on with the one that it had."""
+    if checkpoint is not None:
+        return read_flags(checkpoint).get("optimizer", "adamw")
+    return "adamw" if settings.optimization.use_8bit_adam or is_sharded(accelerator) else "muon"
 
 
 def check_output_dir(settings: RunSettings) -> None:
@@ -104,6 +111,8 @@ def make_accelerator(optimization: Optimization, watching: Watching, output: Out
         raise ValueError(f"--report_to {watching.report_to}: not installed or unknown; installed: {installed}")
     if optimization.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--use_8bit_adam needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    if optimization.use_8bit_adam and optimization.optimizer == "muon":
+        raise ValueError("--use_8bit_adam is for --optimizer adamw; Muon keeps no moments in 8 bits")
     accelerator = Accelerator(
         gradient_accumulation_steps=optimization.gradient_accumulation_steps,
         mixed_precision=optimization.mixed_precision,
@@ -113,6 +122,11 @@ def make_accelerator(optimization: Optimization, watching: Watching, output: Out
     check_sharding(accelerator, watching.validation_samples)
     if optimization.use_8bit_adam and is_sharded(accelerator):
         raise ValueError("--use_8bit_adam does not work with FSDP, which splits AdamW's moments over processes")
+    if optimization.optimizer == "muon" and is_sharded(accelerator):
+        raise ValueError(
+            "--optimizer muon does not work with FSDP, which splits matrices over processes: choose --optimizer adamw, "
+            "or plain multi-GPU in `accelerate config`"
+        )
     if optimization.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator

@@ -36,7 +36,12 @@ from ofadiff.training.train import run_values
 from ofadiff.unet_elastic import find_channel_groups
 
 # What holds where nothing else is asked for; the rest is as for the joint run that made the checkpoint.
-HEALING_DEFAULTS = {"max_train_steps": 20_000, "lr_warmup_steps": 100, "tracker_project_name": "ofadiff-finetune"}
+HEALING_DEFAULTS = {
+    "max_train_steps": 20_000,
+    "lr_warmup_steps": 100,
+    "tracker_project_name": "ofadiff-finetune",
+    "optimizer": "adamw",
+}
 LORA_LEARNING_RATE, SUBNET_LEARNING_RATE = 1e-4, 2e-5
 
 # What of a teacher's denoiser has to be the checkpoint's.

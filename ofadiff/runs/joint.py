@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from ofadiff.runs.sizes import schedule_of
 from ofadiff.supernet import Supernet
 from ofadiff.training.bundles import Objective, TrainingResult, Watching
 from ofadiff.training.checkpoint import list_checkpoints
+from ofadiff.training.muon import Muon, split_weights
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.train import train
 
@@ -73,19 +75,22 @@ def train_jointly(run: Run, supernet: Supernet | SingleSize) -> TrainingResult:
 
 
 def make_optimizer(optimization: Optimization, supernet: Supernet | SingleSize) -> torch.optim.Optimizer:
-    """AdamW, with its moments in 8 bits if asked for."""
+    """Muon, or AdamW, with its moments in 8 bits if asked for."""
+    options: dict[str, Any] = {
+        "lr": optimization.learning_rate,
+        "betas": (optimization.adam_beta1, optimization.adam_beta2),
+        "weight_decay": optimization.adam_weight_decay,
+        "eps": optimization.adam_epsilon,
+    }
+    if optimization.optimizer == "muon":
+        matrices, others = split_weights(supernet.model, supernet.groups)
+        return Muon(matrices.values(), others.values(), momentum=optimization.muon_momentum, **options)
     optimizer_class = torch.optim.AdamW
     if optimization.use_8bit_adam:
         import bitsandbytes  # an extra that needs a GPU
 
         optimizer_class = bitsandbytes.optim.AdamW8bit
-    return optimizer_class(
-        trained_weights(supernet.model).values(),
-        lr=optimization.learning_rate,
-        betas=(optimization.adam_beta1, optimization.adam_beta2),
-        weight_decay=optimization.adam_weight_decay,
-        eps=optimization.adam_epsilon,
-    )
+    return optimizer_class(trained_weights(supernet.model).values(), **options)
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ from ofadiff.values import (
     one_of,
 )
 
+OPTIMIZERS = ("muon", "adamw")
+
 # What holds where nothing else is asked for, and the kind of denoiser has no default of its own.
 DEFAULTS: Mapping[str, Any] = {
     "validation_fraction": 0.1,
@@ -257,6 +259,12 @@ class Optimization(Bundle):
     """learning rate over time"""
     lr_warmup_steps: Annotated[int | None, COUNT_OR_NONE] = None
     """steps over which the learning rate rises; 100, for text-to-image models 500"""
+    optimizer: Annotated[str | None, one_of(OPTIMIZERS)] = None
+    """muon (orthogonal steps for the matrices of blocks, AdamW's for all else) or adamw. By default muon where all
+    sizes are trained jointly, but for FSDP, which splits matrices, and --use_8bit_adam; one size is healed with adamw
+    """
+    muon_momentum: Annotated[float, BELOW_ONE] = 0.9
+    """of Muon"""
     use_8bit_adam: bool = False
     """keep AdamW's moments in 8 bits; needs bitsandbytes"""
     adam_beta1: Annotated[float, BELOW_ONE] = 0.9

@@ -184,6 +184,12 @@ def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
         _check(Path(checkpoint), name, saved.get(name), run.get(name))
 
 
+def read_flags(checkpoint: str | Path) -> dict[str, Any]:
+    """What the run that wrote a checkpoint was asked for; older ones have kept nothing."""
+    path = Path(checkpoint) / "state.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("flags", {}) if path.is_file() else {}
+
+
 def check_flags(checkpoint: str | Path, flags: Mapping[str, Any], may_change: Collection[str]) -> None:
     """Raises ValueError if a run was asked for something else than the one that wrote a checkpoint.
 
@@ -192,8 +198,7 @@ def check_flags(checkpoint: str | Path, flags: Mapping[str, Any], may_change: Co
         flags: What the run is asked for.
         may_change: Those that do not decide what is trained, or that hold from the next step on.
     """
-    path = Path(checkpoint) / "state.json"
-    saved = json.loads(path.read_text()).get("flags", {}) if path.is_file() else {}
+    saved = read_flags(checkpoint)
     for name in sorted(saved.keys() & flags.keys() - set(may_change)):
         given = json.loads(json.dumps(flags[name], default=str))
         if saved[name] != given:

@@ -23,7 +23,13 @@ from ofadiff.correction.readers import active_columns, output_rows, patches
 from ofadiff.cutting import kept_by_module
 
 UNETS = {"plain": {}, "scale_shift": {"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 10}}
-TRANSFORMERS = ("DiTTransformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel", "WanTransformer3DModel")
+# A linear attention whose divisor comes close to zero is among them.
+TRANSFORMERS = (
+    "DiTTransformer2DModel",
+    "FluxTransformer2DModel",
+    "SanaVideoTransformer3DModel",
+    "WanTransformer3DModel",
+)
 
 
 def call(model, inputs):
