@@ -38,6 +38,9 @@ from ofadiff.training.distill import block_outputs, distillation_loss
 from ofadiff.training.losses import denoising_loss, parts_of, predict, prediction_loss
 
 LEARNING_RATE = 5e-4
+
+# Of Muon, with which the library trains all sizes.
+JOINT_LEARNING_RATE = 2e-3
 NEVER = 10**6
 # Weight of the relative distance of block outputs where whole blocks are removed.
 FEATURE_WEIGHT = 0.1
@@ -168,16 +171,21 @@ class Variant:
 
 
 PLAIN = {"correction_samples": 0}
+ADAMW = {"optimizer": "adamw", "learning_rate": LEARNING_RATE}
 
 VARIANTS = {
     "ofadiff": Variant(),
+    "ofadiff-adamw": Variant(optimization=ADAMW),
     "ofadiff-uncorrected": Variant(compression=PLAIN),
+    "ofadiff-adamw-uncorrected": Variant(compression=PLAIN, optimization=ADAMW),
+    "ofadiff-distill1": Variant(losses={"distill_weight": 1.0}),
     "ofadiff-distill4": Variant(losses={"distill_weight": 4.0}),
     "ofadiff-features": Variant(losses={"feature_distill_weight": 0.1}),
     "ofadiff-no-distill": Variant(losses={"distill_weight": 0.0}),
     "ofadiff-uniform": Variant(compression={"reweight": "uniform"}),
     "ofadiff-no-rotate": Variant(compression={"rotate": False}),
     "ofadiff-lr1e-3": Variant(optimization={"learning_rate": 1e-3}),
+    "ofadiff-lr4e-3": Variant(optimization={"learning_rate": 4e-3}),
     "ofadiff-drop": Variant(compression={"min_keep": 0.0}),
 }
 
@@ -192,7 +200,7 @@ def run_settings(job: Job, variant: Variant, output: str) -> runs.RunSettings:
     optimization = runs.Optimization(
         max_train_steps=job.steps,
         train_batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
+        learning_rate=JOINT_LEARNING_RATE,
         lr_warmup_steps=warmup_steps(job.steps),
         ema_decay=EMA_DECAY,
         seed=job.seed,
@@ -436,8 +444,13 @@ def library_methods() -> dict[str, Method]:
     for name, changes in CUTS.items():
         train = functools.partial(train_library, variant=Variant(compression=changes))
         made[name] = Method(train, each_size=False, share="none")
-    for name, weight in (("alone", 0.0), ("alone_distilled", 1.0)):
-        train = functools.partial(train_library, variant=Variant(PLAIN, losses={"distill_weight": weight}))
+    alone = {
+        "alone": Variant(PLAIN, {"distill_weight": 0.0}, ADAMW),
+        "alone_distilled": Variant(PLAIN, {"distill_weight": 1.0}, ADAMW),
+        "alone_ours": Variant(),
+    }
+    for name, variant in alone.items():
+        train = functools.partial(train_library, variant=variant)
         made[name] = Method(train, each_size=True)
         made[name.replace("alone", "alone_share")] = Method(train, each_size=True, share="size")
     return made

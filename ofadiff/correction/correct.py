@@ -86,7 +86,7 @@ def correct_readers(
     ridge: float = 1e-3,
     adapter_rank: int = 0,
     readers_at_once: int = 1,
-    max_positions: int = 256,
+    max_positions: int = 64,
     seed: int = 0,
     reduce: Reduce | None = None,
     progress: bool = False,
