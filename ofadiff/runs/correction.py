@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from torch import nn
 
 from ofadiff.correction import correct_readers
 from ofadiff.data.captioned_stream import TextToImageStream
 from ofadiff.data.mixed_samples import MixedSamples
 from ofadiff.data.order import fixed_batches
+from ofadiff.denoisers.prepare import DenoiserInputs, parts_of
+from ofadiff.noise.draws import Batch
 from ofadiff.runs.run import Run
 from ofadiff.supernet import Supernet
-from ofadiff.training.losses import denoising_loss
+from ofadiff.training.losses import predict
 
 
 def correct(run: Run, supernet: Supernet) -> None:
@@ -41,12 +43,15 @@ def correct(run: Run, supernet: Supernet) -> None:
     data = data.recorded if isinstance(data, MixedSamples) else data
     batch_size = compression.importance_batch_size or optimization.train_batch_size
     batches = fixed_batches(data, count, batch_size, optimization.seed, "correction", *share)
+    inputs: Iterable[DenoiserInputs] = _Forwards(run, batches)
+    if run.recordings is None:  # images are decoded and encoded once, recordings read from disk again
+        inputs = [_on(each, torch.device("cpu")) for each in inputs]
     half = accelerator.mixed_precision == "bf16"
     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
         correct_readers(
             supernet,
-            _OnDevice(batches, accelerator.device),
-            functools.partial(denoising_loss, prepare=run.prepare),
+            inputs,
+            _call,
             ridge=compression.correction_ridge,
             adapter_rank=compression.correction_rank,
             seed=optimization.seed,
@@ -55,11 +60,21 @@ def correct(run: Run, supernet: Supernet) -> None:
         )
 
 
-class _OnDevice:
-    """Batches on a device, read again as often as wanted."""
+class _Forwards:
+    """The inputs of every forward of some batches, one after the other, read again as often as wanted."""
 
-    def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
-        self.batches, self.device = batches, device
+    def __init__(self, run: Run, batches: Iterable[Batch]) -> None:
+        self.run, self.batches = run, batches
 
-    def __iter__(self) -> Iterator[Any]:
-        return (send_to_device(batch, self.device) for batch in self.batches)
+    def __iter__(self) -> Iterator[DenoiserInputs]:
+        for batch in self.batches:
+            yield from parts_of(self.run.prepare(send_to_device(batch, self.run.accelerator.device)))
+
+
+def _call(model: nn.Module, inputs: DenoiserInputs) -> torch.Tensor:
+    return predict(model, _on(inputs, next(model.parameters()).device))
+
+
+def _on(inputs: DenoiserInputs, device: torch.device) -> DenoiserInputs:
+    moved = {name: send_to_device(getattr(inputs, name), device) for name in ("arguments", "target", "weight")}
+    return dataclasses.replace(inputs, **moved)
