@@ -9,6 +9,7 @@ from diffusers import ModelMixin as ModelMixin
 from ofadiff import old_paths
 from ofadiff.allocation import allocate
 from ofadiff.basis.rotation import rotate_attention
+from ofadiff.correction import correct_readers
 from ofadiff.evaluation import evaluate
 from ofadiff.extraction import extracted_class_by_name
 from ofadiff.importance import score_channels
@@ -21,6 +22,7 @@ __all__ = [
     "OFAPipeline",
     "Supernet",
     "allocate",
+    "correct_readers",
     "evaluate",
     "find_channel_groups",
     "record",
