@@ -199,7 +199,7 @@ def compression_settings(folder: Path, shown: Demonstrated, settings: Demo) -> R
         optimization=Optimization(
             max_train_steps=settings.joint_steps,
             train_batch_size=BATCH_SIZE,
-            learning_rate=5e-4,
+            learning_rate=2e-3,
             ema_decay=0.995,
             seed=settings.seed,
         ),

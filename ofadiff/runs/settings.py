@@ -225,7 +225,7 @@ class OneSize(Bundle):
 class Losses(Bundle):
     """What is minimised."""
 
-    distill_weight: Annotated[float, AT_LEAST_ZERO] = 1.0
+    distill_weight: Annotated[float, AT_LEAST_ZERO] = 4.0
     """weight of the distance to the teacher's prediction"""
     feature_distill_weight: Annotated[float, AT_LEAST_ZERO] = 0.0
     """weight of the distance to its block outputs"""

@@ -24,7 +24,7 @@ class Objective:
 
     prepare: Prepare
     teacher: nn.Module | None = None
-    distill_weight: float = 1.0
+    distill_weight: float = 4.0
     feature_distill_weight: float = 0.0
 
 
