@@ -75,7 +75,8 @@ def test_the_result_is_the_original_pipeline_with_every_size(run, files, tmp_pat
         validation_prompts=["a red house"],
         validation_inference_steps=1,
     )
-    # The largest size starts as the teacher, where nothing is fitted before: the same noise, the same target, whatever the model predicts.
+    # The largest size starts as the teacher, as nothing is fitted before: the same noise, the same target, whatever the
+    # model predicts.
     assert result.history[0][1.0] == pytest.approx(result.teacher_loss, rel=1e-4)
     out = tmp_path / "out"
     assert (out / "samples" / "000002.png").is_file()
