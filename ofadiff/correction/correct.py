@@ -31,8 +31,9 @@ from ofadiff.supernet import Supernet
 
 Forward = Callable[[nn.Module, Any], Any]
 
-# How much more the largest size counts than each of the others.
-LARGEST_WEIGHT = 10.0
+# How much more the largest size counts than each of the others; and where the others have something of their own, so
+# that shared weights may stay close to the original's.
+LARGEST_WEIGHT, LARGEST_WEIGHT_BESIDE_ADAPTERS = 10.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def correct_readers(
             their noise drawn over all timesteps.
         loss_fn: Calls the model on a batch, `loss_fn(model, batch)`, as that of `score_channels`; what it returns does
             not matter.
-        weights: What a size counts; sizes that are not named count 1, the largest 10 by default.
+        weights: What a size counts; sizes that are not named count 1, the largest 10, or 300 with adapters.
         ridge: Pull towards the weights as they are, as a share of the mean square of what the reader reads.
         adapter_rank: Rank of the LoRA that each size gets on every reader for what it needs beyond the shared
             solution, kept as the size's own adapter (`Supernet.size_adapters`); 0 for none.
@@ -128,7 +129,8 @@ def correct_readers(
     """
     check_arguments(supernet, batches, weights or {}, ridge, adapter_rank, readers_at_once, max_positions)
     model = supernet.model
-    counted = dict.fromkeys(supernet.sizes, 1.0) | {supernet.sizes[-1]: LARGEST_WEIGHT}
+    largest = LARGEST_WEIGHT_BESIDE_ADAPTERS if adapter_rank else LARGEST_WEIGHT
+    counted = dict.fromkeys(supernet.sizes, 1.0) | {supernet.sizes[-1]: largest}
     counted |= {supernet.subnets.find(each).size: weight for each, weight in (weights or {}).items()}
     work = _Correction(supernet, batches, loss_fn, counted, max_positions, seed)
     was_training, size = model.training, supernet.size
