@@ -28,6 +28,9 @@ MAY_CHANGE = (
     *("report_to", "logging_dir", "tracker_project_name", "push_to_hub", "hub_model_id", "offload_ema", "allow_tf32"),
 )
 
+# Rank of what each size has of its own where nothing is trained.
+UNTRAINED_RANK = 8
+
 # What a resumed run is compared with elsewhere, in its own words.
 COMPARED_ELSEWHERE = (
     *("seed", "sizes", "budget", "min_keep", "reweight", "reweight_m", "size"),
@@ -58,6 +61,18 @@ def default_optimizer(settings: RunSettings, accelerator: Accelerator, checkpoin
     if checkpoint is not None:
         return read_flags(checkpoint).get("optimizer", "adamw")
     return "adamw" if settings.optimization.use_8bit_adam or is_sharded(accelerator) else "muon"
+
+
+def with_own_defaults(settings: RunSettings, accelerator: Accelerator, checkpoint: Path | None) -> RunSettings:
+    """With what depends on the rest of what was asked for, on the machine, and on a checkpoint to resume from."""
+    optimizer = default_optimizer(settings, accelerator, checkpoint)
+    return settings.with_defaults({"optimizer": optimizer, "correction_rank": default_correction_rank(settings)})
+
+
+def default_correction_rank(settings: RunSettings) -> int:
+    """Sizes that are not trained keep what they need for themselves."""
+    untrained = settings.optimization.max_train_steps == 0
+    return UNTRAINED_RANK if untrained and settings.compression.correction_samples else 0
 
 
 def check_output_dir(settings: RunSettings) -> None:

@@ -53,7 +53,7 @@ def correct(run: Run, supernet: Supernet) -> None:
             inputs,
             _call,
             ridge=compression.correction_ridge,
-            adapter_rank=compression.correction_rank,
+            adapter_rank=compression.correction_rank or 0,
             seed=optimization.seed,
             reduce=None if alone or accelerator.num_processes == 1 else accelerator.reduce,
             progress=accelerator.is_main_process,

@@ -32,7 +32,7 @@ from ofadiff.pipelines.recording import record
 from ofadiff.recordings.folder import DESCRIPTION_NAME, Recordings, check_same_model, read_description, recorded_calls
 from ofadiff.recordings.joining import can_be_joined
 from ofadiff.recordings.samples import RecordedSamples
-from ofadiff.runs.checks import begin, default_optimizer
+from ofadiff.runs.checks import begin, with_own_defaults
 from ofadiff.runs.data import RunData
 from ofadiff.runs.run import Run, build_inputs, check_run, with_defaults_of
 from ofadiff.runs.settings import Calls, RunSettings
@@ -186,7 +186,7 @@ def start_recorded(settings: RunSettings) -> Run:
             ) from error
         if mixed.component != original.component:
             raise ValueError(f"images train the {mixed.component} of {original.name}, not its {original.component}")
-    settings = settings.with_defaults({"optimizer": default_optimizer(settings, accelerator, checkpoint)})
+    settings = with_own_defaults(settings, accelerator, checkpoint)
     settings = with_defaults_of(settings, original, None if mixed is None else mixed.kind)
     if settings.compression.criterion == "taylor":
         raise ValueError(

@@ -20,7 +20,7 @@ from ofadiff.denoisers.original import Original, check_not_compressed, read_orig
 from ofadiff.denoisers.prepare import Prepare, prepare_batch
 from ofadiff.dtypes import PRECISIONS
 from ofadiff.recordings.folder import Recordings
-from ofadiff.runs.checks import begin, check_same_flags, default_optimizer
+from ofadiff.runs.checks import begin, check_same_flags, with_own_defaults
 from ofadiff.runs.data import RunData, encode_data, load_data, open_latent_cache
 from ofadiff.runs.settings import DEFAULTS, RunSettings
 from ofadiff.runs.size_checks import check_sizes
@@ -79,7 +79,7 @@ def start(settings: RunSettings, kinds: Sequence[DenoiserKind] | None = None) ->
     check_not_compressed(model.pretrained_model_name_or_path)
     where = model.revision, model.variant, model.cache_dir
     original = read_original(model.pretrained_model_name_or_path, kinds, *where)
-    settings = settings.with_defaults({"optimizer": default_optimizer(settings, accelerator, checkpoint)})
+    settings = with_own_defaults(settings, accelerator, checkpoint)
     settings = with_defaults_of(settings, original)
     check_run(settings, accelerator, original, checkpoint)
     return build(settings, accelerator, original, checkpoint)

@@ -177,9 +177,9 @@ class Compression(Bundle):
     """turn attention heads into the basis of their singular vectors before ranking"""
     correction_samples: Annotated[int, COUNT_OR_NONE] = 384
     """noisy images on which the sizes are fitted to the original in closed form before they are trained; 0 for none"""
-    correction_rank: Annotated[int, COUNT_OR_NONE] = 0
+    correction_rank: Annotated[int | None, COUNT_OR_NONE] = None
     """rank of a LoRA that each size gets for what it needs beyond the weights that all share, where nothing is trained
-    (--max_train_steps 0); 0 for none
+    (--max_train_steps 0), 8 by default there; 0 for none
     """
     correction_ridge: Annotated[float, POSITIVE] = 1e-3
     """pull of that fit towards the weights as they are; more for fewer samples"""

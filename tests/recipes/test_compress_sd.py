@@ -138,7 +138,13 @@ def test_two_processes_train_on_a_stream_as_one_does(run, launch, flags, files, 
 
 
 def test_processes_that_split_the_weights_train_as_one_does(run, launch, flags, files, tmp_path):
-    options = {"learning_rate": 1e-3, "adam_epsilon": 1e-4, "max_train_steps": 2, "feature_distill_weight": 0.1}
+    options = {
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "adam_epsilon": 1e-4,
+        "max_train_steps": 2,
+        "feature_distill_weight": 0.1,
+    }
     options |= {"validation_prompts": ["a"], "validation_inference_steps": 1}
     tests = ROOT / "tests"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
