@@ -305,7 +305,7 @@ def draw(results: Results, file: Path) -> None:
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         handles.update({label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)})
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
     unfinished = file.with_suffix(".tmp")
     figure.savefig(unfinished, dpi=130, format="png")
     unfinished.replace(file)

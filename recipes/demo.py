@@ -60,7 +60,7 @@ from ofadiff.runs import (
     train_jointly,
 )
 from ofadiff.training.losses import denoising_loss
-from ofadiff.values import COUNT, WHOLE, Bundle, one_of
+from ofadiff.values import COUNT, COUNT_OR_NONE, WHOLE, Bundle, one_of
 
 RESOLUTION = 16
 CLASSES = 10
@@ -138,6 +138,8 @@ class Demo(Bundle):
     """training steps of the original model"""
     joint_steps: Annotated[int, COUNT] = 800
     """training steps of the joint run"""
+    correction_samples: Annotated[int, COUNT_OR_NONE] = 384
+    """noisy images on which the sizes are fitted before they are trained"""
     num_samples: Annotated[int, COUNT] = 300
     """images sampled at every size"""
     validation_samples: Annotated[int, COUNT] = 1024
@@ -195,7 +197,7 @@ def compression_settings(folder: Path, shown: Demonstrated, settings: Demo) -> R
         Model(pretrained_model_name_or_path=str(folder / "teacher")),
         Data(train_data_dir=str(folder / "digits"), validation_fraction=VALIDATION_FRACTION),
         Output(output_dir=str(folder / "ofa")),
-        compression=Compression(sizes=shown.sizes),
+        compression=Compression(sizes=shown.sizes, correction_samples=settings.correction_samples),
         optimization=Optimization(
             max_train_steps=settings.joint_steps,
             train_batch_size=BATCH_SIZE,

@@ -13,6 +13,7 @@ def test_the_demo_leaves_what_it_promises(launch, words, tmp_path):
         "output_dir": tmp_path / "demo",
         "teacher_steps": 2,
         "joint_steps": 2,
+        "correction_samples": 4,
         "num_samples": 12,
         "validation_samples": 16,
     }
