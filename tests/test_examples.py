@@ -12,6 +12,7 @@ from ofadiff import (
     OFAPipeline,
     Supernet,
     allocate,
+    correct_readers,
     evaluate,
     find_channel_groups,
     record,
@@ -41,7 +42,10 @@ def names(tmp_path, monkeypatch):
     return {**vars(ofadiff), **found, "batches": batches, "loss_fn": loss_fn}
 
 
-PUBLIC = [find_channel_groups, rotate_attention, score_channels, allocate, Supernet, OFAPipeline, record, evaluate]
+PUBLIC = [
+    *(find_channel_groups, rotate_attention, score_channels, allocate, Supernet, correct_readers, OFAPipeline, record),
+    evaluate,
+]
 
 
 @pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)

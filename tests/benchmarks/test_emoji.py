@@ -22,7 +22,6 @@ def tiny(monkeypatch):
         sizes=(0.6, 1.0),
         num_samples=6,
         importance_samples=4,
-        correction_samples=4,
         validation_samples=4,
     )
     monkeypatch.setitem(emoji.SETTINGS, "cpu", setting)

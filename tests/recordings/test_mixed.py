@@ -36,7 +36,7 @@ def settings_of(folder, out, **data):
         runs.Data(**data),
         runs.Output(output_dir=str(out)),
         calls=runs.Calls(calls_file=str(folder / "calls.jsonl"), steps_per_call=2),
-        compression=runs.Compression(sizes=(0.6, 1.0), importance_samples=2, correction_samples=2),
+        compression=runs.Compression(sizes=(0.6, 1.0), importance_samples=2, correction_samples=0),
         optimization=runs.Optimization(max_train_steps=2, train_batch_size=3, lr_warmup_steps=0),
         watching=runs.Watching(validation_samples=2),
     )
