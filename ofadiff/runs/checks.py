@@ -28,6 +28,9 @@ MAY_CHANGE = (
     *("report_to", "logging_dir", "tracker_project_name", "push_to_hub", "hub_model_id", "offload_ema", "allow_tf32"),
 )
 
+# Of runs of all sizes.
+DISTILL_WEIGHT = 4.0
+
 # Rank of what each size has of its own where nothing is trained.
 UNTRAINED_RANK = 8
 
@@ -65,8 +68,14 @@ def default_optimizer(settings: RunSettings, accelerator: Accelerator, checkpoin
 
 def with_own_defaults(settings: RunSettings, accelerator: Accelerator, checkpoint: Path | None) -> RunSettings:
     """With what depends on the rest of what was asked for, on the machine, and on a checkpoint to resume from."""
-    optimizer = default_optimizer(settings, accelerator, checkpoint)
-    return settings.with_defaults({"optimizer": optimizer, "correction_rank": default_correction_rank(settings)})
+    saved = {} if checkpoint is None else read_flags(checkpoint)
+    return settings.with_defaults(
+        {
+            "optimizer": default_optimizer(settings, accelerator, checkpoint),
+            "correction_rank": default_correction_rank(settings),
+            "distill_weight": saved.get("distill_weight", DISTILL_WEIGHT),
+        }
+    )
 
 
 def default_correction_rank(settings: RunSettings) -> int:

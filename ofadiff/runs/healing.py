@@ -73,7 +73,7 @@ def start_healing(settings: RunSettings) -> Run:
         settings = dataclasses.replace(settings, data=data)
     learning_rate = LORA_LEARNING_RATE if one.lora_rank else SUBNET_LEARNING_RATE
     settings = settings.with_defaults({**HEALING_DEFAULTS, "learning_rate": learning_rate})
-    settings = with_defaults_of(settings, original)
+    settings = with_defaults_of(settings, original).with_defaults({"distill_weight": 1.0})
     run_settings = settings_of_training(settings)
     accelerator, checkpoint = begin(run_settings)
     if checkpoint is not None:

@@ -57,6 +57,7 @@ def train_jointly(run: Run, supernet: Supernet | SingleSize) -> TrainingResult:
     flags = settings.flags()
     accelerator.init_trackers(watching.tracker_project_name, config=flat(flags))
     columns = DRAW[run.original.kind.condition].columns(watching)
+    assert losses.distill_weight is not None
     taught = losses.distill_weight or losses.feature_distill_weight
     objective = Objective(
         run.prepare, run.teacher if taught else None, losses.distill_weight, losses.feature_distill_weight

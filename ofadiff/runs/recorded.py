@@ -186,8 +186,8 @@ def start_recorded(settings: RunSettings) -> Run:
             ) from error
         if mixed.component != original.component:
             raise ValueError(f"images train the {mixed.component} of {original.name}, not its {original.component}")
-    settings = with_own_defaults(settings, accelerator, checkpoint)
     settings = with_defaults_of(settings, original, None if mixed is None else mixed.kind)
+    settings = with_own_defaults(settings, accelerator, checkpoint)
     if settings.compression.criterion == "taylor":
         raise ValueError(
             "--criterion taylor ranks by the loss, which is zero against the original's own answers; choose sensitivity"

@@ -79,8 +79,8 @@ def start(settings: RunSettings, kinds: Sequence[DenoiserKind] | None = None) ->
     check_not_compressed(model.pretrained_model_name_or_path)
     where = model.revision, model.variant, model.cache_dir
     original = read_original(model.pretrained_model_name_or_path, kinds, *where)
-    settings = with_own_defaults(settings, accelerator, checkpoint)
     settings = with_defaults_of(settings, original)
+    settings = with_own_defaults(settings, accelerator, checkpoint)
     check_run(settings, accelerator, original, checkpoint)
     return build(settings, accelerator, original, checkpoint)
 

@@ -225,8 +225,8 @@ class OneSize(Bundle):
 class Losses(Bundle):
     """What is minimised."""
 
-    distill_weight: Annotated[float, AT_LEAST_ZERO] = 4.0
-    """weight of the distance to the teacher's prediction"""
+    distill_weight: Annotated[float | None, AT_LEAST_ZERO] = None
+    """weight of the distance to the teacher's prediction; 4, for one size 1"""
     feature_distill_weight: Annotated[float, AT_LEAST_ZERO] = 0.0
     """weight of the distance to its block outputs"""
     snr_gamma: Annotated[float | None, POSITIVE] = None
