@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch_fidelity
 from evaluation.random_images import random_images
-from torch.utils.data import Dataset
+from evaluation.test_distances import Images
 
 from ofadiff.evaluation.metrics.extractors import FeatureExtractor
 from ofadiff.evaluation.metrics.metric import Subject
@@ -58,17 +58,6 @@ def test_they_are_counted_as_the_paper_says():
     ]
     assert 0 < expected[0] < 1 and 0 < expected[1] < 1
     assert precision_and_recall(ours, real, k) == pytest.approx(expected)
-
-
-class Images(Dataset):
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.images[index]
 
 
 def test_the_numbers_are_those_of_torch_fidelity():
