@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 # A residual this many times longer than the mean target counts as one of that length.
 LARGEST_RESIDUAL = 10.0
+
+# Shares of the mean square of what is read, of which the ridge is chosen: from nearly none to hardly any change.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 # Adds up a tensor over all processes.
 Reduce = Callable[[Tensor], Tensor]
@@ -70,48 +75,109 @@ class NormalEquations:
             own = self.alone[size]
             own.gram[columns[:, None], columns] += gram
             own.products[columns] += products
+            own.error += residual.square().sum()
 
     def reduce(self, reduce: Reduce) -> None:
         """Adds up the sums of all processes."""
-        self.gram, self.products, self.error = reduce(self.gram), reduce(self.products), reduce(self.error)
-        for own in self.alone:
-            own.reduce(reduce)
+        for sums in (self, *self.alone):
+            sums.gram, sums.products, sums.error = reduce(sums.gram), reduce(sums.products), reduce(sums.error)
+
+    def plus(self, other: NormalEquations) -> NormalEquations:
+        """The equations of both."""
+        both = copy.copy(self)
+        both.gram, both.products = self.gram + other.gram, self.products + other.products
+        both.error = self.error + other.error
+        both.alone = [own.plus(others) for own, others in zip(self.alone, other.alone, strict=True)]
+        return both
+
+    def beside(self, change: Tensor, columns: Tensor) -> NormalEquations:
+        """What is left to fit beside a change, by a further one of some columns: equations without a bias."""
+        left = copy.copy(self)
+        left.bias, left.width, left.alone = False, len(columns), []
+        left.gram = self.gram[columns[:, None], columns]
+        left.products = (self.products - self.gram @ change)[columns]
+        left.error = self.error - self._gain(change)
+        return left
 
     def solve(self, ridge: float) -> Tensor:
         """The change Δ, `(columns and bias, outputs)`; ρ is `ridge` times the mean of the diagonal, 0 for the bias."""
-        diagonal = self.gram.diagonal()[: self.width]
-        used = diagonal > 0
-        if not used.any():
-            return torch.zeros_like(self.products)
-        penalty = torch.zeros_like(self.gram.diagonal())
-        penalty[: self.width] = ridge * diagonal[used].mean()
-        factor = torch.linalg.cholesky(self.gram + penalty.diag())
-        return torch.cholesky_solve(self.products, factor)
+        factor = self._factor(ridge)
+        return torch.zeros_like(self.products) if factor is None else torch.cholesky_solve(self.products, factor)
 
-    def error_left(self, change: Tensor) -> float:
-        """Share of the weighted squared error that is left with a change."""
-        left = self.error - 2 * (change * self.products).sum() + (change * (self.gram @ change)).sum()
-        return float(left / self.error) if self.error > 0 else 0.0
+    def low_rank(self, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
+        """The best change of a rank, for equations without a bias: up, `(outputs, rank)`, and down, `(rank, columns)`.
 
-    def low_rank(self, size: int, change: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
-        """What one size gains most by beside the shared change: up, `(outputs, rank)`, and down, `(rank, columns)`.
-
-        The size's own solution beside `change`, cut to the rank that keeps most of its effect on the outputs: with
-        G + ρ I = L Lᵀ and Lᵀ Δ = U S Vᵀ, the change L⁻ᵀ U S Vᵀ cut to that rank is the best in the norm of the outputs
-        (Eckart and Young), as in the reduced-rank regression of Izenman (1975).
+        The solution cut to the rank that keeps most of its effect on the outputs: with G + ρ I = L Lᵀ and
+        Lᵀ Δ = U S Vᵀ, the change L⁻ᵀ U S Vᵀ cut to that rank is the best in the norm of the outputs (Eckart and Young),
+        as in the reduced-rank regression of Izenman (1975).
         """
-        own, columns = self.alone[size], self.columns[size]
-        if self.bias:
-            columns = columns[:-1]
-        gram = own.gram[columns[:, None], columns]
-        all_columns = self.columns[size]
-        lacking = own.products[columns] - own.gram[columns[:, None], all_columns] @ change[all_columns]
-        gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        factor = torch.linalg.cholesky(gram)
-        whitened = torch.linalg.solve_triangular(factor, lacking, upper=False)  # Lᵀ Δ = L⁻¹ products
+        factor = self._factor(ridge)
+        if factor is None:
+            return self.products.new_zeros(self.products.shape[1], rank), self.products.new_zeros(rank, self.width)
+        whitened = torch.linalg.solve_triangular(factor, self.products, upper=False)  # Lᵀ Δ = L⁻¹ products
         u, s, v = torch.linalg.svd(whitened, full_matrices=False)
         root = s[:rank].sqrt()
         down = torch.linalg.solve_triangular(factor.T, u[:, :rank] * root, upper=True).T
         up = v[:rank].T * root
         missing = rank - len(root)  # a narrow layer has fewer directions; peft wants one rank
         return nn.functional.pad(up, (0, missing)), nn.functional.pad(down, (0, 0, 0, missing))
+
+    def error_left(self, change: Tensor) -> float:
+        """Share of the weighted squared error that is left with a change."""
+        return 1 - float(self._gain(change) / self.error) if self.error > 0 else 0.0
+
+    def _gain(self, change: Tensor) -> Tensor:
+        return 2 * (change * self.products).sum() - (change * (self.gram @ change)).sum()
+
+    def _factor(self, ridge: float) -> Tensor | None:
+        """The Cholesky factor of the equations with a ridge; None where nothing is read."""
+        diagonal = self.gram.diagonal()[: self.width]
+        used = diagonal > 0
+        if not used.any():
+            return None
+        penalty = torch.zeros_like(self.gram.diagonal())
+        penalty[: self.width] = ridge * diagonal[used].mean()
+        return torch.linalg.cholesky(self.gram + penalty.diag())
+
+
+@dataclass(frozen=True)
+class SplitEquations:
+    """The normal equations of one layer, those of some samples, `unseen`, apart: they choose the ridge.
+
+    With the ridge chosen so, few samples change little, and none of what they seem to ask for where the others do not
+    gain by it: then the change is nothing.
+    """
+
+    seen: NormalEquations
+    unseen: NormalEquations
+
+    def reduce(self, reduce: Reduce) -> None:
+        """Adds up the sums of all processes."""
+        self.seen.reduce(reduce)
+        self.unseen.reduce(reduce)
+
+    def solve(self, ridge: float | None) -> tuple[Tensor, NormalEquations]:
+        """The change of all samples, and their equations; with None, by the ridge that serves the unseen best."""
+        every = self.seen.plus(self.unseen)
+        ridge = ridge or _best_ridge(self.unseen, self.seen.solve)
+        return (torch.zeros_like(every.products) if ridge is None else every.solve(ridge)), every
+
+    def low_rank(self, size: int, change: Tensor, rank: int, ridge: float | None) -> tuple[Tensor, Tensor] | None:
+        """What a size gains most by beside a change, see `NormalEquations.low_rank`; None where it does not gain.
+
+        The ridge is chosen for a change of any rank: one decomposition instead of one for each.
+        """
+        columns = self.seen.columns[size]
+        columns = columns[:-1] if self.seen.bias else columns
+        seen, unseen = (sums.alone[size].beside(change, columns) for sums in (self.seen, self.unseen))
+        ridge = ridge or _best_ridge(unseen, seen.solve)
+        return None if ridge is None else seen.plus(unseen).low_rank(rank, ridge)
+
+
+def _best_ridge(unseen: NormalEquations, solve: Callable[[float], Tensor]) -> float | None:
+    """The ridge whose change leaves the least error on samples that it was not solved for; None if all of them harm."""
+    if not unseen.error > 0:
+        return None
+    left = {ridge: unseen.error_left(solve(ridge)) for ridge in RIDGES}
+    best = min(left, key=left.__getitem__)
+    return best if left[best] < 1 else None

@@ -181,8 +181,10 @@ class Compression(Bundle):
     """rank of a LoRA that each size gets for what it needs beyond the weights that all share, where nothing is trained
     (--max_train_steps 0), 8 by default there; 0 for none
     """
-    correction_ridge: Annotated[float, POSITIVE] = 1e-3
-    """pull of that fit towards the weights as they are; more for fewer samples"""
+    correction_ridge: Annotated[float | None, POSITIVE] = None
+    """pull of that fit towards the weights as they are; by default the one that serves best a quarter of the samples,
+    left out of it
+    """
     reweight: Annotated[str, one_of(STRATEGIES)] = "linear"
     """how the size of each step is drawn: linear, uniform or sandwich"""
     reweight_m: Annotated[float | None, POSITIVE] = None

@@ -112,7 +112,7 @@ def test_the_shared_solution_is_the_least_squares_of_all_sizes_together(name):
     weights = {0.7: 2.0, 0.85: 0.5, 1.0: 3.0}
     corrected = copy.deepcopy(supernet.model)
     # Nothing is corrected before the first one, so sizes read what they read here.
-    first = next(iter(correct_readers(Supernet.of(corrected), batches, call, weights)))
+    first = next(iter(correct_readers(Supernet.of(corrected), batches, call, weights, ridge=1e-3)))
     layer = supernet.model.get_submodule(first)
     width, reads, gives = layer.weight[0].numel(), {}, {}
     for size in supernet.sizes:
@@ -219,6 +219,35 @@ def test_sizes_may_lack_the_full_one_and_may_drop_branches():
     correct_readers(dropping, inputs[1:], call, adapter_rank=2)
     after = errors(dropping, expected, inputs[0])
     assert all(after[size] < before[size] for size in dropping.sizes[:-1])
+
+
+@pytest.mark.parametrize("name", ["plain", "DiTTransformer2DModel"])
+def test_few_samples_do_no_harm(name):
+    """The ridge is chosen on samples left out of the fit: what only a few of them ask for is not done."""
+    inputs = {**some(name)[1][0]}
+    two = {key: value[:2] if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+
+    def worse(ridge):
+        supernet, _, unseen = some(name)
+        before = errors(supernet, output(supernet.model, unseen), unseen)
+        expected = output(supernet.model, unseen)
+        left = correct_readers(supernet, [two], call, weights={1.0: 1}, ridge=ridge)
+        after = errors(supernet, expected, unseen)
+        return sum(after.values()) / sum(before.values()), left
+
+    overfitted, chosen = worse(1e-6), worse(None)
+    assert chosen[0] < 1 and chosen[0] < overfitted[0]
+    # Fitted samples alone would tell the opposite.
+    assert sum(overfitted[1].values()) < sum(chosen[1].values())
+
+
+def test_one_sample_cannot_be_judged_by_others_and_changes_nothing():
+    supernet, batches, _ = some("plain")
+    before = copy.deepcopy(supernet.model.state_dict())
+    one = {key: value[:1] if isinstance(value, torch.Tensor) else value for key, value in batches[0].items()}
+    left = correct_readers(supernet, [one], call, adapter_rank=2)
+    assert set(left.values()) == {1.0} and not supernet.size_adapters
+    assert all(torch.equal(weight, before[name]) for name, weight in supernet.model.state_dict().items())
 
 
 def test_a_row_far_off_the_others_does_not_decide():
