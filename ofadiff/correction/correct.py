@@ -35,7 +35,7 @@ Forward = Callable[[nn.Module, Any], Any]
 # that shared weights may stay close to the original's.
 LARGEST_WEIGHT, LARGEST_WEIGHT_BESIDE_ADAPTERS = 10.0, 300.0
 
-# Every so many samples, one is for the choice of the ridge.
+# One of so many samples is for the choice of the ridge.
 UNSEEN_EVERY = 4
 
 
@@ -54,6 +54,7 @@ class _Correction:
     weights: Mapping[float, float]
     max_positions: int
     seed: int
+    share: tuple[int, int]
     calls: list[dict[str, int]] = field(default_factory=list)
     originals: dict[str, readers.Parameters] = field(default_factory=dict)
 
@@ -93,6 +94,7 @@ def correct_readers(
     max_positions: int = 64,
     seed: int = 0,
     reduce: Reduce | None = None,
+    share: tuple[int, int] = (0, 1),
     progress: bool = False,
 ) -> dict[str, float]:
     """Fits the readers of a supernet, in place, so that every size's branches give what the original's give.
@@ -116,8 +118,10 @@ def correct_readers(
             any of them is corrected: so many times fewer forwards.
         max_positions: At most so many positions of each sample (pixels, tokens) are looked at, a random choice.
         seed: Of that choice, and of random numbers that `loss_fn` draws.
-        reduce: Adds up a tensor over all processes where each has its share of the batches, such as
+        reduce: Adds up a tensor over all processes where each has its share of the samples, such as
             `accelerator.reduce`.
+        share: Which one that is: (0, 4) has every fourth sample, from the first one on. All of them then give what one
+            process with all samples gives.
         progress: Show a bar.
 
     Returns:
@@ -137,26 +141,14 @@ def correct_readers(
     largest = LARGEST_WEIGHT_BESIDE_ADAPTERS if adapter_rank else LARGEST_WEIGHT
     counted = dict.fromkeys(supernet.sizes, 1.0) | {supernet.sizes[-1]: largest}
     counted |= {supernet.subnets.find(each).size: weight for each, weight in (weights or {}).items()}
-    work = _Correction(supernet, batches, loss_fn, counted, max_positions, seed)
+    work = _Correction(supernet, batches, loss_fn, counted, max_positions, seed, share)
     was_training, size = model.training, supernet.size
     with supernet.used_at(None):
         model.eval()
         try:
             names = work.count_calls()
             waves = [names[first : first + readers_at_once] for first in range(0, len(names), readers_at_once)]
-            left: dict[str, float] = {}
-            updates: dict[float, dict[str, LowRankUpdate]] = {size: {} for size in supernet.sizes}
-            for wave in tqdm(waves, "Correction", disable=not progress):
-                equations = _measure(work, wave, each=adapter_rank > 0)
-                for name in wave:
-                    own = equations.pop(name)
-                    if reduce is not None:
-                        own.reduce(reduce)
-                    left[name], found = _correct(work, name, own, ridge, adapter_rank)
-                    for adapted, update in found.items():
-                        updates[adapted][name] = update
-                if adapter_rank:
-                    _give_adapters(supernet, updates, adapter_rank)
+            left = _correct_waves(work, tqdm(waves, "Correction", disable=not progress), ridge, adapter_rank, reduce)
         except BaseException:
             _undo(work)
             raise
@@ -199,6 +191,26 @@ def check_arguments(
         raise ValueError(f"size {sizes} has an adapter already; the correction is for a supernet that is not trained")
 
 
+def _correct_waves(
+    work: _Correction, waves: Iterable[Sequence[str]], ridge: float | None, rank: int, reduce: Reduce | None
+) -> dict[str, float]:
+    """Corrects some readers after the other; returns the share of each one's error that is left."""
+    left: dict[str, float] = {}
+    updates: dict[float, dict[str, LowRankUpdate]] = {size: {} for size in work.supernet.sizes}
+    for wave in waves:
+        equations = _measure(work, wave, each=rank > 0)
+        for name in wave:
+            own = equations.pop(name)
+            if reduce is not None:
+                own.reduce(reduce)
+            left[name], found = _correct(work, name, own, ridge, rank)
+            for size, update in found.items():
+                updates[size][name] = update
+        if rank:
+            _give_adapters(work.supernet, updates, rank)
+    return left
+
+
 def _undo(work: _Correction) -> None:
     """Gives the supernet the weights back that it came with."""
     for name, parameters in work.originals.items():
@@ -228,8 +240,9 @@ def _measure(work: _Correction, wave: Sequence[str], each: bool) -> dict[str, Sp
         columns = readers.columns_of(model, supernet.groups, subnets, name)
         shape = layer.weight[0].numel(), len(layer.weight), layer.bias is not None
         equations[name] = SplitEquations(*(NormalEquations(columns, *shape, each) for _ in range(2)))
+    seen = dict.fromkeys(wave, 0)
     for number, forward in work.forwards():
-        targets = _Targets(work, wave, number)
+        targets = _Targets(work, wave, number, seen)
         with _at_full_width(work), readers.watched(model, targets.keepers()):
             readers.run_until(forward)
         for index, subnet in enumerate(subnets):
@@ -243,29 +256,44 @@ def _measure(work: _Correction, wave: Sequence[str], each: bool) -> dict[str, Sp
 
 
 class _Targets:
-    """What the original's readers give for one batch, and what sizes lack of it."""
+    """What the original's readers give for one batch, and what sizes lack of it.
 
-    def __init__(self, work: _Correction, wave: Sequence[str], number: int) -> None:
-        self.work, self.wave, self.number = work, wave, number
+    Args:
+        work: What is asked for.
+        wave: The readers.
+        number: Of the batch.
+        seen: Samples that each reader was called with in the batches before; counted on.
+    """
+
+    def __init__(self, work: _Correction, wave: Sequence[str], number: int, seen: dict[str, int]) -> None:
+        self.work, self.wave, self.number, self.seen = work, wave, number, seen
         self.outputs: dict[str, list[Tensor]] = {name: [] for name in wave}
         self.positions: dict[str, list[Tensor | None]] = {name: [] for name in wave}
+        self.samples: dict[str, list[int]] = {}
 
     def keepers(self) -> dict[str, Callable[[nn.Module, Tensor, Tensor], None]]:
         """What keeps outputs, to be called by the original's readers."""
         return {name: functools.partial(self._keep, name) for name in self.wave}
 
     def _keep(self, name: str, layer: nn.Module, input: Tensor, output: Tensor) -> None:
-        outputs = self.outputs[name]
-        channels = output.shape[-1] if isinstance(layer, nn.Linear) else output.shape[1]
+        if name not in self.samples:
+            index, count = self.work.share
+            self.samples[name] = [(self.seen[name] + each) * count + index for each in range(len(output))]
+            self.seen[name] += len(output)
+        call, channels = len(self.outputs[name]), output.shape[-1] if isinstance(layer, nn.Linear) else output.shape[1]
         positions = output.numel() // (len(output) * channels)
         chosen = None
         if positions > self.work.max_positions:
-            draw = random.Random(f"{self.work.seed} {self.number} {name} {len(outputs)}")
-            generator = torch.Generator().manual_seed(draw.getrandbits(63))
-            chosen = torch.randperm(positions, generator=generator)[: self.work.max_positions].to(output.device)
+            chosen = torch.stack([self._draw(f"{name} {call} {each}", positions) for each in self.samples[name]])
+            chosen = chosen.to(output.device)
         self.positions[name].append(chosen)
-        outputs.append(readers.output_rows(layer, output, chosen))
-        self._stop_after(name, len(outputs))
+        self.outputs[name].append(readers.output_rows(layer, output, chosen))
+        self._stop_after(name, len(self.outputs[name]))
+
+    def _draw(self, what: str, positions: int) -> Tensor:
+        """Positions of one sample, the same ones whichever process and batch it is in."""
+        generator = torch.Generator().manual_seed(random.Random(f"{self.work.seed} {what}").getrandbits(63))
+        return torch.randperm(positions, generator=generator)[: self.work.max_positions]
 
     def comparers(
         self, equations: Mapping[str, SplitEquations], size: int, weight: float
@@ -281,18 +309,17 @@ class _Targets:
             target, given = self.outputs[name][call], readers.output_rows(layer, output, chosen)
             if not all(torch.isfinite(values).all() for values in (rows, target, given)):
                 raise ValueError(f"{name} reads or gives values that are not finite; correct in float32 or bfloat16")
-            unseen = self._unseen(len(input), len(rows))
+            unseen = self._unseen(name, len(rows))
             equations[name].seen.add(size, rows[~unseen], target[~unseen], given[~unseen], weight)
             equations[name].unseen.add(size, rows[unseen], target[unseen], given[unseen], weight)
             self._stop_after(name, seen[name])
 
         return {name: functools.partial(compare, name) for name in self.wave}
 
-    def _unseen(self, samples: int, rows: int) -> Tensor:
-        """Which rows are of samples that choose the ridge: a quarter of every batch, or of every few small ones."""
-        first = self.number if samples < UNSEEN_EVERY else 0
-        chosen = (torch.arange(samples) + first) % UNSEEN_EVERY == 1
-        return chosen.repeat_interleave(rows // samples)
+    def _unseen(self, name: str, rows: int) -> Tensor:
+        """Which rows are of samples that choose the ridge."""
+        chosen = torch.tensor([number % UNSEEN_EVERY == 1 for number in self.samples[name]])
+        return chosen.repeat_interleave(rows // len(chosen))
 
     def _stop_after(self, name: str, calls: int) -> None:
         if name == self.wave[-1] and calls == self.work.calls[self.number].get(name):

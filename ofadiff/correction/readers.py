@@ -47,11 +47,10 @@ def patches(layer: nn.Module, input: Tensor, positions: Tensor | None = None) ->
     Args:
         layer: A linear map or an ungrouped convolution, at any width.
         input: What it is called with, `(N, …, in)` or `(N, in, …)`.
-        positions: Only these, numbered over all that are not N and channels; by default all.
+        positions: Only these of each sample, `(N, P)`, numbered over all that are not N and channels; by default all.
     """
     if isinstance(layer, nn.Linear):
-        rows = input.unsqueeze(1) if input.ndim == 2 else input.flatten(1, -2)
-        return (rows if positions is None else rows[:, positions]).flatten(0, 1)
+        return _chosen(input.unsqueeze(1) if input.ndim == 2 else input.flatten(1, -2), positions)
     if any(layer._reversed_padding_repeated_twice):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         input = nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=mode)
@@ -61,7 +60,7 @@ def patches(layer: nn.Module, input: Tensor, positions: Tensor | None = None) ->
         input = input.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
     windows = input.movedim(1, 1 + spatial)  # (N, positions…, in, kernel…), a view
     if positions is not None:
-        index = (slice(None), *torch.unravel_index(positions, windows.shape[1 : 1 + spatial]))
+        index = (_samples(positions), *torch.unravel_index(positions, windows.shape[1 : 1 + spatial]))
         windows = windows[index]
     return windows.flatten(-1 - spatial).flatten(0, -2)
 
@@ -69,8 +68,16 @@ def patches(layer: nn.Module, input: Tensor, positions: Tensor | None = None) ->
 def output_rows(layer: nn.Module, output: Tensor, positions: Tensor | None = None) -> Tensor:
     """What a layer returned, a row per position: `(N * positions, out)`; see `patches`."""
     rows = output if isinstance(layer, nn.Linear) else output.movedim(1, -1)
-    rows = rows.unsqueeze(1) if rows.ndim == 2 else rows.flatten(1, -2)
-    return (rows if positions is None else rows[:, positions]).flatten(0, 1)
+    return _chosen(rows.unsqueeze(1) if rows.ndim == 2 else rows.flatten(1, -2), positions)
+
+
+def _chosen(rows: Tensor, positions: Tensor | None) -> Tensor:
+    """Of `(N, positions, numbers)` the chosen positions, a row each."""
+    return (rows if positions is None else rows[_samples(positions), positions]).flatten(0, 1)
+
+
+def _samples(positions: Tensor) -> Tensor:
+    return torch.arange(len(positions), device=positions.device)[:, None]
 
 
 class _ReachedError(Exception):

@@ -56,6 +56,7 @@ def correct(run: Run, supernet: Supernet) -> None:
             adapter_rank=compression.correction_rank or 0,
             seed=optimization.seed,
             reduce=None if alone or accelerator.num_processes == 1 else accelerator.reduce,
+            share=share,
             progress=accelerator.is_main_process,
         )
 

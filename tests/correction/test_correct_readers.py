@@ -156,10 +156,12 @@ def test_a_narrow_adapter_brings_each_size_closer_still(tmp_path):
 
 
 def test_shares_of_several_processes_add_up():
-    """Two halves of the batches give what all of them give; here one after the other, their sums kept."""
+    """Every second sample in each of two processes gives what all samples in one give: the same choice of positions and
+    of the ridge."""
     supernet, batches, unseen = some("plain")
     halves = [copy.deepcopy(supernet.model) for _ in range(2)]
-    correct_readers(supernet, batches, call)
+    few = {"max_positions": 16}
+    correct_readers(supernet, batches, call, **few)
     barrier, shared = threading.Barrier(2, timeout=60), {}
 
     def reduce_of(process):
@@ -174,7 +176,9 @@ def test_shares_of_several_processes_add_up():
 
     def work(process):
         with torch.random.fork_rng():
-            correct_readers(Supernet.of(halves[process]), batches[process::2], call, reduce=reduce_of(process))
+            own = [{name: value[process::2] for name, value in batch.items()} for batch in batches]
+            joint = {"reduce": reduce_of(process), "share": (process, 2)}
+            correct_readers(Supernet.of(halves[process]), own, call, **few, **joint)
 
     threads = [threading.Thread(target=work, args=(process,)) for process in range(2)]
     for thread in threads:
@@ -283,9 +287,10 @@ def test_patches_times_the_weight_are_the_output(layer):
     rows = result.reshape(2, -1, 5) if isinstance(layer, nn.Linear) else result.flatten(2).transpose(1, 2)
     bias = 0 if layer.bias is None else layer.bias
     assert torch.allclose(patches(layer, input) @ layer.weight.flatten(1).T + bias, rows.flatten(0, 1), atol=1e-5)
-    chosen = torch.tensor([3, 0, 2])
-    some_rows = patches(layer, input, chosen) @ layer.weight.flatten(1).T + bias
-    assert torch.allclose(some_rows, rows[:, chosen].flatten(0, 1), atol=1e-5)
+    chosen = torch.tensor([[3, 0, 2], [1, 2, 0]])  # of each sample
+    expected = torch.cat([sample[own] for sample, own in zip(rows, chosen, strict=True)])
+    assert torch.allclose(patches(layer, input, chosen) @ layer.weight.flatten(1).T + bias, expected, atol=1e-5)
+    assert torch.equal(output_rows(layer, result, chosen), expected)
 
 
 def test_bad_input_is_named_and_changes_nothing():
