@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= demo
 BIN := $(VENV)/bin
+# Tests run in one process per core; a file stays in one, with what its tests share.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test quick lint types unit clean
 
@@ -13,7 +15,7 @@ test: lint types unit
 
 # What whoever edits runs: under two minutes, without what is marked slow.
 quick: lint types
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -23,7 +25,7 @@ types: $(VENV)/dev
 	$(BIN)/mypy
 
 unit: $(VENV)/dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 # What is installed is the extra of that name.
 $(VENV)/demo $(VENV)/dev: pyproject.toml

@@ -154,7 +154,7 @@ def test_nested_values_come_back():
 
 @pytest.mark.slow
 def test_a_killed_recording_goes_on(saved, record, tmp_path):
-    calls = CALLS["latte"] * 40
+    calls = CALLS["latte"] * 10
     (tmp_path / "calls.jsonl").write_text("\n".join(map(json.dumps, calls)))
     words = ["record", "--pretrained_model_name_or_path", str(saved("latte") / "pipeline")]
     words += ["--calls_file", str(tmp_path / "calls.jsonl"), "--steps_per_call", "2"]
