@@ -12,6 +12,7 @@ Alistarh (2022, arXiv 2208.11580); nested sizes in one solution are what is new 
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ Forward = Callable[[nn.Module, Any], Any]
 # How much more the largest size counts than each of the others; and where the others have something of their own, so
 # that shared weights may stay close to the original's.
 LARGEST_WEIGHT, LARGEST_WEIGHT_BESIDE_ADAPTERS = 10.0, 300.0
+
+# In how many goes all readers are fitted, and how much memory the sums of a go may take, if those of one reader do not.
+MOST_WAVES, MOST_BYTES = 24, 4 * 2**30
 
 # One of so many samples is for the choice of the ridge.
 UNSEEN_EVERY = 4
@@ -90,7 +94,7 @@ def correct_readers(
     weights: Mapping[float, float] | None = None,
     ridge: float | None = None,
     adapter_rank: int = 0,
-    readers_at_once: int = 1,
+    readers_at_once: int | None = None,
     max_positions: int = 64,
     seed: int = 0,
     reduce: Reduce | None = None,
@@ -115,7 +119,8 @@ def correct_readers(
         adapter_rank: Rank of the LoRA that each size gets on every reader for what it needs beyond the shared
             solution, kept as the size's own adapter (`Supernet.size_adapters`); 0 for none.
         readers_at_once: So many readers, one after the other in the forward, are fitted to what the model makes before
-            any of them is corrected: so many times fewer forwards.
+            any of them is corrected: so many times fewer forwards. By default as many as it takes to fit all readers in
+            24 goes, fewer where their sums would take more than 4 GiB.
         max_positions: At most so many positions of each sample (pixels, tokens) are looked at, a random choice.
         seed: Of that choice, and of random numbers that `loss_fn` draws.
         reduce: Adds up a tensor over all processes where each has its share of the samples, such as
@@ -146,8 +151,7 @@ def correct_readers(
     with supernet.used_at(None):
         model.eval()
         try:
-            names = work.count_calls()
-            waves = [names[first : first + readers_at_once] for first in range(0, len(names), readers_at_once)]
+            waves = _waves(work, work.count_calls(), readers_at_once, adapter_rank > 0)
             left = _correct_waves(work, tqdm(waves, "Correction", disable=not progress), ridge, adapter_rank, reduce)
         except BaseException:
             _undo(work)
@@ -164,7 +168,7 @@ def check_arguments(
     weights: Mapping[float, float],
     ridge: float | None,
     adapter_rank: int,
-    readers_at_once: int,
+    readers_at_once: int | None,
     max_positions: int,
 ) -> None:
     """Raises ValueError if something cannot work; see `correct_readers`."""
@@ -184,11 +188,27 @@ def check_arguments(
         ("readers_at_once", readers_at_once, 1),
         ("max_positions", max_positions, 1),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     if supernet.size_adapters:
         sizes = ", ".join(f"{size:g}" for size in supernet.size_adapters)
         raise ValueError(f"size {sizes} has an adapter already; the correction is for a supernet that is not trained")
+
+
+def _waves(work: _Correction, names: Sequence[str], at_once: int | None, each: bool) -> list[list[str]]:
+    """The readers of each go."""
+    most = at_once or math.ceil(len(names) / MOST_WAVES)
+    waves: list[list[str]] = []
+    taken = 0
+    for name in names:
+        columns = work.supernet.model.get_submodule(name).weight[0].numel()
+        needed = 2 * 8 * columns**2 * (1 + each * len(work.supernet.sizes))
+        if not waves or len(waves[-1]) == most or (at_once is None and taken + needed > MOST_BYTES):
+            waves.append([])
+            taken = 0
+        waves[-1].append(name)
+        taken += needed
+    return waves
 
 
 def _correct_waves(
