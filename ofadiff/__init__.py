@@ -13,13 +13,14 @@ from ofadiff.correction import correct_readers
 from ofadiff.evaluation import evaluate
 from ofadiff.extraction import extracted_class_by_name
 from ofadiff.importance import score_channels
-from ofadiff.pipelines import OFAPipeline
+from ofadiff.pipelines import OFAPipeline, SizeSchedule
 from ofadiff.pipelines.recording import record
 from ofadiff.supernet import Supernet
 from ofadiff.unet_elastic import find_channel_groups
 
 __all__ = [
     "OFAPipeline",
+    "SizeSchedule",
     "Supernet",
     "allocate",
     "correct_readers",

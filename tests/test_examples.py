@@ -10,6 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 import ofadiff
 from ofadiff import (
     OFAPipeline,
+    SizeSchedule,
     Supernet,
     allocate,
     correct_readers,
@@ -44,7 +45,7 @@ def names(tmp_path, monkeypatch):
 
 PUBLIC = [
     *(find_channel_groups, rotate_attention, score_channels, allocate, Supernet, correct_readers, OFAPipeline, record),
-    evaluate,
+    *(evaluate, SizeSchedule),
 ]
 
 

@@ -31,6 +31,8 @@ from ofadiff.extraction.reader import load_extracted
 from ofadiff.layers import cut_once
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
 from ofadiff.pipelines.one_size import OneSizePipeline, one_size_pipeline_class
+from ofadiff.pipelines.size_schedule import SizeSchedule
+from ofadiff.pipelines.steps import following
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
 from ofadiff.storage.pipeline_folder import find_denoisers, local_folder
@@ -170,26 +172,32 @@ class OFAPipeline:
         _mix_in_sizes(made, names, pipeline._only_subnets)
         return made.to(dtype=dtypes[0] or dtypes[1])
 
-    def __call__(self, *args: Any, size: float | str | None = None, **kwargs: Any) -> Any:
-        """The pipeline's own call; `size` holds for this call only.
+    def __call__(self, *args: Any, size: float | str | SizeSchedule | None = None, **kwargs: Any) -> Any:
+        """The pipeline's own call; `size` holds for this call only, for all of its steps or, as a schedule, for each.
 
         The denoiser is this thread's until the call ends: calls of other pipelines around it wait.
 
         Raises:
-            ValueError: If there is no such size.
+            ValueError: If there is no such size, or a schedule cannot be followed: the pipeline has no scheduler, or
+                its denoiser is called at other times than the scheduler's.
         """
+        schedule = size if isinstance(size, SizeSchedule) else None
         supernets = self.supernets
+        asked = size if isinstance(size, SizeSchedule) else [size] if size is not None else []
+        chosen = [self.subnets.find(each).size for each in asked]
         if not supernets:
-            if size is not None:
-                self.set_size(size)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if size is not None:
-            size = self.subnets.find(size).size  # every denoiser must have it
+        for supernet in supernets.values():  # every denoiser must have them
+            for each in chosen:
+                supernet.subnets.find(each)
         with ExitStack() as stack:
             for supernet in supernets.values():
-                stack.enter_context(supernet.used_at(size))
+                stack.enter_context(supernet.used_at(chosen[0] if chosen else None))
             if self._weights_stay(args, kwargs):
                 stack.enter_context(cut_once())
+            if schedule is not None:
+                denoisers = {name: self.components[name] for name in supernets}  # type: ignore[attr-defined]
+                stack.enter_context(following(self, denoisers, schedule))
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def _weights_stay(self, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -322,7 +330,8 @@ def ofa_pipeline_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline
     one that plain diffusers loads.
     """
     call = inspect.signature(stock.__call__)
-    size = inspect.Parameter("size", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | str | None")
+    kinds = "float | str | SizeSchedule | None"
+    size = inspect.Parameter("size", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kinds)
     parameters = [p for p in call.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in call.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
 
@@ -330,7 +339,8 @@ def ofa_pipeline_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline
         return OFAPipeline.__call__(self, *args, **kwargs)
 
     __call__.__signature__ = call.replace(parameters=[*parameters, size, *rest])  # type: ignore[attr-defined]
-    __call__.__doc__ = f"{stock.__call__.__doc__}\n\n`size` is one of the pipeline's `sizes`, for this call only."
+    added = "`size`, for this call only: one of the pipeline's `sizes`, or a `SizeSchedule` of them."
+    __call__.__doc__ = f"{stock.__call__.__doc__}\n\n{added}"
     namespace = {
         "__module__": stock.__module__,
         "__qualname__": f"OFAPipeline[{stock.__name__}]",

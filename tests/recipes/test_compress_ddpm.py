@@ -118,7 +118,7 @@ def test_sizes_that_are_not_trained_are_fitted_in_closed_form(run, files, tmp_pa
     original = UNet2DModel.from_pretrained(files / "unconditional" / "unet")
     sample, time = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5, 45, 10)
     distances = {}
-    for name, samples, rank in (("cut", 0, 0), ("shared", 64, 0), ("own", 64, 4)):
+    for name, samples, rank in (("cut", 0, 0), ("shared", 32, 0), ("own", 32, 4)):
         run(output_dir=tmp_path / name, correction_samples=samples, correction_rank=rank, **untrained)
         with torch.no_grad():
             small = OFAPipeline.from_pretrained(tmp_path / name, size=0.5).unet

@@ -1,0 +1,76 @@
+"""Sizes over the steps of one image: the early steps at one size, the late ones at another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SizeSchedule(Sequence[float]):
+    """The size of every denoising step, from pure noise to the image.
+
+    A pipeline that samples in another number of steps than the schedule has takes, at each of its steps, the size that
+    the schedule has at the same share of the way. An image-to-image pipeline, which begins in the middle, begins in the
+    middle of the schedule.
+
+    Args:
+        sizes: A size for each step, first the one at the most noise; of a checkpoint's sizes.
+        measured: What is known of it, such as `find_schedule` found out: JSON values by name.
+
+    Raises:
+        ValueError: If there is no size, or one is no number above 0.
+
+    Example:
+        >>> pipeline = OFAPipeline.from_pretrained("ofa")
+        >>> schedule = SizeSchedule([0.5] * 3 + [1.0] * 2)
+        >>> images = pipeline(size=schedule, num_inference_steps=5).images
+        >>> schedule.over(10)
+        SizeSchedule(0.5 × 6, 1 × 4)
+    """
+
+    sizes: tuple[float, ...]
+    measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __init__(self, sizes: Iterable[float], measured: Mapping[str, Any] | None = None) -> None:
+        values = [sizes] if isinstance(sizes, (int, float)) else list(sizes)
+        if not values:
+            raise ValueError("sizes is empty; a schedule needs the size of at least one step")
+        for value in values:
+            real = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (real and math.isfinite(value) and value > 0):
+                raise ValueError(f"sizes has {value!r}; a schedule takes numbers above 0, the sizes of a checkpoint")
+        object.__setattr__(self, "sizes", tuple(float(value) for value in values))
+        object.__setattr__(self, "measured", dict(measured or {}))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.sizes)
+
+    def __getitem__(self, step: Any) -> Any:
+        return self.sizes[step]
+
+    def over(self, steps: int) -> SizeSchedule:
+        """The schedule for another number of steps: each has the size of the step at the same share of the way.
+
+        Raises:
+            ValueError: If there are fewer than one step.
+        """
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; a schedule needs at least 1")
+        # The middle of a step decides, so that halves stay halves.
+        own = [min(int((step + 0.5) * len(self) / steps), len(self) - 1) for step in range(steps)]
+        return SizeSchedule([self.sizes[step] for step in own], self.measured)
+
+    def __repr__(self) -> str:
+        runs: list[list[Any]] = []
+        for size in self.sizes:
+            if runs and runs[-1][0] == size:
+                runs[-1][1] += 1
+            else:
+                runs.append([size, 1])
+        return "SizeSchedule(" + ", ".join(f"{size:g} × {count}" for size, count in runs) + ")"
