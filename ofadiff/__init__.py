@@ -15,6 +15,7 @@ from ofadiff.extraction import extracted_class_by_name
 from ofadiff.importance import score_channels
 from ofadiff.pipelines import OFAPipeline, SizeSchedule
 from ofadiff.pipelines.recording import record
+from ofadiff.pipelines.schedule_search import find_schedule
 from ofadiff.supernet import Supernet
 from ofadiff.unet_elastic import find_channel_groups
 
@@ -26,6 +27,7 @@ __all__ = [
     "correct_readers",
     "evaluate",
     "find_channel_groups",
+    "find_schedule",
     "record",
     "rotate_attention",
     "score_channels",

@@ -22,8 +22,9 @@ from ofadiff.cutting import check_can_be_elastic, kept_by_module, make_model_ela
 from ofadiff.extraction.extracted_model import ExtractedModel
 from ofadiff.extraction.subnet import extract
 from ofadiff.layers import ELASTIC, is_adaptable, make_elastic
+from ofadiff.size_schedule import SizeSchedule, check_schedule
 from ofadiff.sizes import SizeTable, Subnet
-from ofadiff.storage.ofa_config import load_model, read_ofa_config
+from ofadiff.storage.ofa_config import load_model, read_ofa_config, read_schedules
 from ofadiff.storage.structure import check_fingerprints, check_structure
 from ofadiff.supernet_model import SupernetModel, supernet_class, unwrapped
 from ofadiff.supernet_state import SupernetState
@@ -217,6 +218,27 @@ class Supernet:
                     f"{shape}: was it trained on extract({subnet.size:g})?"
                 )
 
+    @property
+    def schedules(self) -> Mapping[str, SizeSchedule]:
+        """The schedules of sizes by their names."""
+        return MappingProxyType(self._state.schedules)
+
+    def set_schedule(self, name: str, schedule: SizeSchedule | None) -> None:
+        """Keeps a schedule under a name, which a pipeline then takes as its `size=`, and saves it with the sizes.
+
+        Args:
+            name: Any but `"smallest"` and `"largest"`; one that is there is replaced.
+            schedule: Of these sizes; None takes it away.
+
+        Raises:
+            ValueError: If the name or a size cannot be.
+        """
+        check_schedule(self.subnets, name, schedule)
+        if schedule is None:
+            self._state.schedules.pop(name, None)
+        else:
+            self._state.schedules[name] = schedule
+
     def adopt_adapter(self, adapter: str) -> None:
         """Makes a LoRA of the original model that peft has injected into the model follow its sizes.
 
@@ -335,6 +357,8 @@ class Supernet:
         make_model_elastic(model, groups)
         supernet = cls.__new__(cls)
         supernet._build(model, groups, SizeTable.from_dict(values), load_basis(directory), values["provenance"])
+        for name, schedule in read_schedules(values, directory).items():
+            supernet.set_schedule(name, schedule)
         for size, adapter in load_size_adapters(directory, supernet.sizes).items():
             supernet.set_size_adapter(size, adapter)
         return supernet

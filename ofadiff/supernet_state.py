@@ -18,6 +18,7 @@ from ofadiff.adapters.size_adapter import SizeAdapter, save_size_adapters
 from ofadiff.basis.change import save_basis
 from ofadiff.channels import ChannelGroup, Slice
 from ofadiff.cutting import kept_by_module
+from ofadiff.size_schedule import SizeSchedule
 from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.storage.files import add_to_safetensors, read_metadata
 from ofadiff.storage.ofa_config import FORMAT_VERSION
@@ -51,6 +52,7 @@ class SupernetState:
         basis: See `ofadiff.basis.change`.
         provenance: JSON values that say how it was made.
         size_adapters: LoRAs of single sizes.
+        schedules: Sizes over the steps of an image, by their names.
         sides: For every adapter of the original that follows the sizes its layers, see `adopt_adapter`.
         size: Size that the model is set to.
         lock: Held while a size is set for some calls, and during every forward.
@@ -69,6 +71,7 @@ class SupernetState:
         self.basis = basis
         self.provenance = provenance
         self.size_adapters: dict[float, SizeAdapter] = {}
+        self.schedules: dict[str, SizeSchedule] = {}
         self.sides: dict[str, list[tuple[nn.Module, str, Slice]]] = {}
         self.lock = SizeLock()
         self._blocks = [(model.get_submodule(group.block), group) for group in groups if group.resize is not None]
@@ -148,10 +151,12 @@ class SupernetState:
 
     def metadata(self) -> dict[str, Any]:
         """What `ofa_config.json` says."""
+        schedules = {name: schedule.to_dict() for name, schedule in self.schedules.items()}
         return {
             "format_version": FORMAT_VERSION,
             "groups": [fingerprint(group) for group in self.groups],
             **self.subnets.to_dict(),
+            **({"schedules": schedules} if schedules else {}),
             "provenance": self.provenance,
         }
 

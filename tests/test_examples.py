@@ -16,6 +16,7 @@ from ofadiff import (
     correct_readers,
     evaluate,
     find_channel_groups,
+    find_schedule,
     record,
     rotate_attention,
     score_channels,
@@ -45,7 +46,7 @@ def names(tmp_path, monkeypatch):
 
 PUBLIC = [
     *(find_channel_groups, rotate_attention, score_channels, allocate, Supernet, correct_readers, OFAPipeline, record),
-    *(evaluate, SizeSchedule),
+    *(evaluate, SizeSchedule, find_schedule),
 ]
 
 

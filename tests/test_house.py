@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     {"options", "old_paths", "dtypes", "values"},
     {"channels", "sizes"},
-    {"layers", "basis"},
+    {"size_schedule", "layers", "basis"},
     {"storage", "cutting"},
     {"recordings"},
     {"verification"},

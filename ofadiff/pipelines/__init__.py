@@ -2,6 +2,6 @@
 
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
 from ofadiff.pipelines.ofa_pipeline import OFAPipeline
-from ofadiff.pipelines.size_schedule import SizeSchedule
+from ofadiff.size_schedule import SizeSchedule
 
 __all__ = ["ClassConditionalDDPMPipeline", "OFAPipeline", "SizeSchedule"]

@@ -31,8 +31,8 @@ from ofadiff.extraction.reader import load_extracted
 from ofadiff.layers import cut_once
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
 from ofadiff.pipelines.one_size import OneSizePipeline, one_size_pipeline_class
-from ofadiff.pipelines.size_schedule import SizeSchedule
 from ofadiff.pipelines.steps import following
+from ofadiff.size_schedule import SizeSchedule
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
 from ofadiff.storage.pipeline_folder import find_denoisers, local_folder
@@ -173,7 +173,10 @@ class OFAPipeline:
         return made.to(dtype=dtypes[0] or dtypes[1])
 
     def __call__(self, *args: Any, size: float | str | SizeSchedule | None = None, **kwargs: Any) -> Any:
-        """The pipeline's own call; `size` holds for this call only, for all of its steps or, as a schedule, for each.
+        """The pipeline's own call; `size` holds for this call only.
+
+        It is one of `sizes`, `"smallest"` or `"largest"` for all steps, or a `SizeSchedule`, or the name of one of
+        `schedules`, for each of them.
 
         The denoiser is this thread's until the call ends: calls of other pipelines around it wait.
 
@@ -181,10 +184,8 @@ class OFAPipeline:
             ValueError: If there is no such size, or a schedule cannot be followed: the pipeline has no scheduler, or
                 its denoiser is called at other times than the scheduler's.
         """
-        schedule = size if isinstance(size, SizeSchedule) else None
         supernets = self.supernets
-        asked = size if isinstance(size, SizeSchedule) else [size] if size is not None else []
-        chosen = [self.subnets.find(each).size for each in asked]
+        schedule, chosen = self._chosen(size)
         if not supernets:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         for supernet in supernets.values():  # every denoiser must have them
@@ -199,6 +200,18 @@ class OFAPipeline:
                 denoisers = {name: self.components[name] for name in supernets}  # type: ignore[attr-defined]
                 stack.enter_context(following(self, denoisers, schedule))
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _chosen(self, size: float | str | SizeSchedule | None) -> tuple[SizeSchedule | None, list[float]]:
+        """The schedule that a call is given, if it is one, and the sizes of it, or the one size."""
+        named = self.schedules
+        if isinstance(size, str) and named and size not in (*named, "smallest", "largest"):
+            sizes = ", ".join(f"{each:g}" for each in self.sizes)
+            names = ", ".join(map(repr, ("smallest", "largest", *named)))
+            raise ValueError(f"size is {size!r}; it must be one of {sizes}, {names}")
+        found = named.get(size, size) if isinstance(size, str) else size
+        if isinstance(found, SizeSchedule):
+            return found, [self.subnets.find(each).size for each in found]
+        return None, [] if found is None else [self.subnets.find(found).size]
 
     def _weights_stay(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether no weight of the denoiser can change, or leave the device, during a call with these arguments.
@@ -277,6 +290,21 @@ class OFAPipeline:
         subnet = self.subnets.find(size)
         for supernet in self.supernets.values():
             supernet.set_size(subnet.size)
+
+    @property
+    def schedules(self) -> Mapping[str, SizeSchedule]:
+        """The schedules that are kept with the sizes, by their names; a call takes them as its `size=`."""
+        return {} if self.supernet is None else self.supernet.schedules
+
+    def set_schedule(self, name: str, schedule: SizeSchedule | None) -> None:
+        """Keeps a schedule under a name, see `Supernet.set_schedule`; `save_pretrained` saves it.
+
+        Raises:
+            ValueError: If the name or a size cannot be, or the pipeline has one size alone.
+        """
+        if self.supernet is None:
+            raise ValueError("the pipeline has one size alone; load it without size= to keep schedules")
+        self.supernet.set_schedule(name, schedule)
 
     def extract(self, size: float | str) -> DiffusionPipeline:
         """A plain diffusers pipeline around the extracted denoiser; it shares the other components.

@@ -10,8 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
 from torch import Tensor, nn
 
-from ofadiff.pipelines.size_schedule import SizeSchedule
 from ofadiff.recordings.recorded_call import parameters_of, time_argument
+from ofadiff.size_schedule import SizeSchedule
 from ofadiff.supernet import Supernet
 from ofadiff.supernet_model import unwrapped
 
@@ -99,6 +99,48 @@ def step_of(
     return (min(found.values()), tuple(found)) if found else None
 
 
+def step_reader(pipeline: Any, name: str) -> Callable[[tuple, dict[str, Any]], tuple[int, int]]:
+    """What tells, of the arguments of each call of a pipeline's denoiser, its step, from 0 on, and how many there are.
+
+    Args:
+        pipeline: With a `scheduler`.
+        name: What it calls the denoiser.
+
+    Raises:
+        ValueError: As `following`.
+    """
+    if pipeline.components.get("scheduler") is None:
+        raise ValueError(
+            f"a SizeSchedule needs steps, and this {type(pipeline).__name__} has no scheduler, which says what they are"
+        )
+    model: Any = unwrapped(pipeline.components[name])
+    parameters = parameters_of(model)
+    time = time_argument(parameters)
+    if time is None:
+        raise ValueError(f"a SizeSchedule needs steps, and the {name} takes no timestep that says which one it is in")
+    timesteps: Tensor | None = None
+    steps = torch.empty(0)
+    conventions: tuple[Convention, ...] = ()
+
+    def read(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+        nonlocal timesteps, steps, conventions
+        scheduler = pipeline.scheduler
+        if scheduler.timesteps is not timesteps:  # the first forward, or that of another stage
+            timesteps, steps = scheduler.timesteps, distinct(scheduler.timesteps)
+            conventions = conventions_of(scheduler, model)
+        moment = moment_of({**dict(zip(parameters, args, strict=False)), **kwargs}.get(time))
+        found = step_of(moment, steps, scheduler.config.num_train_timesteps, conventions)
+        if found is None:
+            raise ValueError(
+                f"the {name} is called at {time} {moment:g}, which is none of the {type(scheduler).__name__}'s "
+                "timesteps, so a SizeSchedule does not say its size; give one size"
+            )
+        step, conventions = found
+        return step, len(steps)
+
+    return read
+
+
 @contextmanager
 def following(pipeline: Any, denoisers: Mapping[str, nn.Module], schedule: SizeSchedule) -> Iterator[None]:
     """A block in which every forward of a pipeline's denoisers runs at the size that a schedule has at its step.
@@ -112,52 +154,26 @@ def following(pipeline: Any, denoisers: Mapping[str, nn.Module], schedule: SizeS
         ValueError: If the pipeline has no scheduler, or a denoiser has no timestep; in a forward, if its timestep is
             none of the scheduler's.
     """
-    if pipeline.components.get("scheduler") is None:
-        raise ValueError(
-            f"size is a SizeSchedule, and this {type(pipeline).__name__} has no scheduler, which says what its steps "
-            "are; give one size"
-        )
     handles = []
     try:
         for name, denoiser in denoisers.items():
-            handles.append(denoiser.register_forward_pre_hook(_Follower(pipeline, name, schedule), with_kwargs=True))
+            follower = _follower(step_reader(pipeline, name), Supernet.of(denoiser), schedule)
+            handles.append(denoiser.register_forward_pre_hook(follower, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Follower:
-    """Sets one denoiser's size before each of its forwards."""
+def _follower(
+    read: Callable[[tuple, dict[str, Any]], tuple[int, int]], supernet: Supernet, schedule: SizeSchedule
+) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+    """Sets a supernet's size before each of its forwards."""
 
-    def __init__(self, pipeline: Any, name: str, schedule: SizeSchedule) -> None:
-        model: Any = unwrapped(pipeline.components[name])
-        self.pipeline, self.name, self.schedule = pipeline, name, schedule
-        self.supernet = Supernet.of(model)
-        self.parameters = parameters_of(model)
-        time = time_argument(self.parameters)
-        if time is None:
-            raise ValueError(
-                f"size is a SizeSchedule, and the {name} takes no timestep that says which step it is in; give one size"
-            )
-        self.time, self.model = time, model
-        self.timesteps: Tensor | None = None
-        self.conventions: tuple[Convention, ...] = ()
-        self.steps, self.sizes = torch.empty(0), schedule
+    def follow(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        step, steps = read(args, kwargs)
+        size = schedule.at(step, steps)
+        if supernet.size != size:
+            supernet.set_size(size)
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        scheduler = self.pipeline.scheduler
-        if scheduler.timesteps is not self.timesteps:  # the first forward, or that of another stage
-            self.timesteps, self.steps = scheduler.timesteps, distinct(scheduler.timesteps)
-            self.conventions, self.sizes = conventions_of(scheduler, self.model), self.schedule.over(len(self.steps))
-        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}.get(self.time)
-        moment = moment_of(given)
-        found = step_of(moment, self.steps, scheduler.config.num_train_timesteps, self.conventions)
-        if found is None:
-            raise ValueError(
-                f"the {self.name} is called at {self.time} {moment:g}, which is none of the "
-                f"{type(scheduler).__name__}'s timesteps, so a SizeSchedule does not say its size; give one size"
-            )
-        step, self.conventions = found
-        if self.supernet.size != self.sizes[step]:
-            self.supernet.set_size(self.sizes[step])
+    return follow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import ModelMixin
 from safetensors import safe_open
 
+from ofadiff.size_schedule import SizeSchedule
 from ofadiff.sizes import CONFIG_NAME
 from ofadiff.storage.files import weight_files
 from ofadiff.storage.model_classes import model_class
@@ -37,6 +39,21 @@ def read_ofa_config(directory: str | Path) -> dict[str, Any]:
             f"{path} has format_version {values.get('format_version')!r}; this ofadiff reads {FORMAT_VERSION}"
         )
     return values
+
+
+def read_schedules(values: Mapping[str, Any], directory: str | Path) -> dict[str, SizeSchedule]:
+    """The schedules of sizes that an `ofa_config.json` holds, by their names.
+
+    Raises:
+        ValueError: If they are none.
+    """
+    kept = values.get("schedules", {})
+    if not isinstance(kept, Mapping):
+        raise ValueError(f"{Path(directory) / CONFIG_NAME} has the schedules {kept!r}; they must be an object")
+    try:
+        return {name: SizeSchedule.from_dict(schedule) for name, schedule in kept.items()}
+    except ValueError as error:
+        raise ValueError(f"{Path(directory) / CONFIG_NAME}: {error}") from error
 
 
 def denoiser_class(directory: str | Path) -> type[ModelMixin]:

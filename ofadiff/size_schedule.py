@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ofadiff.sizes import SizeTable
+
 
 @dataclass(frozen=True)
 class SizeSchedule(Sequence[float]):
@@ -45,6 +47,22 @@ class SizeSchedule(Sequence[float]):
         object.__setattr__(self, "sizes", tuple(float(value) for value in values))
         object.__setattr__(self, "measured", dict(measured or {}))
 
+    def to_dict(self) -> dict[str, Any]:
+        """As `ofa_config.json` keeps it."""
+        return {"sizes": list(self.sizes), "measured": dict(self.measured)}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> SizeSchedule:
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        if not (isinstance(values, Mapping) and isinstance(values.get("sizes"), list)):
+            raise ValueError(f"a schedule is {values!r}; it must be an object with a list of sizes")
+        measured = values.get("measured")
+        return cls(values["sizes"], measured if isinstance(measured, Mapping) else None)
+
     def __len__(self) -> int:
         return len(self.sizes)
 
@@ -62,9 +80,11 @@ class SizeSchedule(Sequence[float]):
         """
         if steps < 1:
             raise ValueError(f"steps is {steps}; a schedule needs at least 1")
-        # The middle of a step decides, so that halves stay halves.
-        own = [min(int((step + 0.5) * len(self) / steps), len(self) - 1) for step in range(steps)]
-        return SizeSchedule([self.sizes[step] for step in own], self.measured)
+        return SizeSchedule([self.at(step, steps) for step in range(steps)], self.measured)
+
+    def at(self, step: int, steps: int) -> float:
+        """The size of a step, from 0 on, of so many; its middle decides, so that halves stay halves."""
+        return self.sizes[min(int((step + 0.5) * len(self) / steps), len(self) - 1)]
 
     def __repr__(self) -> str:
         runs: list[list[Any]] = []
@@ -74,3 +94,13 @@ class SizeSchedule(Sequence[float]):
             else:
                 runs.append([size, 1])
         return "SizeSchedule(" + ", ".join(f"{size:g} × {count}" for size, count in runs) + ")"
+
+
+def check_schedule(subnets: SizeTable, name: str, schedule: SizeSchedule | None) -> None:
+    """Raises ValueError if a schedule cannot be kept under a name, or has sizes that are not in a table."""
+    if not isinstance(name, str) or not name or name in ("smallest", "largest"):
+        raise ValueError(
+            f"a schedule cannot have the name {name!r}; give it a word other than 'smallest' and 'largest'"
+        )
+    for size in dict.fromkeys(schedule or ()):
+        subnets.find(size)

@@ -1,0 +1,383 @@
+"""Finds which size each denoising step needs: measures what every size does to the images at every step, and solves."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ofadiff.pipelines.calls import Arguments, check_calls, opened
+from ofadiff.pipelines.ofa_pipeline import OFAPipeline
+from ofadiff.pipelines.steps import step_reader
+from ofadiff.size_schedule import SizeSchedule
+
+UNITS = ("macs", "latency")
+
+# Steps on either side with which a step's measured error is averaged, to be solved for beside the error as it is: few
+# images say little about a single early step.
+SMOOTHING = (0, 1, 2)
+
+
+@dataclass
+class _Steps:
+    """What a pipeline's steps cost.
+
+    Attributes:
+        count: Steps of the scheduler.
+        forwards: How often the denoisers are called in each; none of those that an image-to-image call leaves out.
+        costs: Of one forward, for every size, as a share of the largest size's.
+    """
+
+    count: int
+    forwards: list[int]
+    costs: dict[float, float]
+    visited: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.visited = [step for step, forwards in enumerate(self.forwards) if forwards]
+
+    def cost(self, sizes: Sequence[float]) -> float:
+        """Mean cost of the forwards of a schedule, as a share of the largest size's."""
+        spent = sum(self.forwards[step] * self.costs[sizes[step]] for step in self.visited)
+        return spent / sum(self.forwards)
+
+
+def find_schedule(
+    pipeline: OFAPipeline,
+    calls: Sequence[str | Mapping[str, Any]],
+    budget: float,
+    num_inference_steps: int | None = None,
+    *,
+    unit: str = "macs",
+    arguments: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> SizeSchedule:
+    """Finds the schedule of sizes whose images are nearest to the largest size's, for what its steps may cost.
+
+    Every call is sampled at the largest size, and with one step at a smaller size, for each step and size in turn. The
+    squared distances of the images, added up over steps, are minimised under the budget, exactly, as they are and
+    averaged over neighbouring steps; of the schedules found so, and of those that change once from one size to
+    another, the best on these calls is kept. Calls with other noise then tell how good it is. Takes about
+    `steps * (sizes - 1)` samplings of every call.
+
+    Args:
+        pipeline: With the scheduler that the schedule is for.
+        calls: Prompts, or dicts of arguments of the pipeline's own call; some eight or more.
+        budget: What a forward may cost on average, as a share of the largest size's, in (0, 1].
+        num_inference_steps: Steps of every call; by default the pipeline's own number, or that of `arguments`.
+        unit: Of the cost: `"macs"`, or `"latency"` as measured in the calls on this machine.
+        arguments: Arguments of all calls that do not have their own.
+        seed: Of the noise.
+        progress: Show a bar.
+
+    Returns:
+        The schedule. Its `measured` has `cost`, as a share of the largest size's; `distance`, the mean squared distance
+        of its images to the largest size's, on other noise than it was found with; `constant_distance`, that of a
+        constant size of the same cost (between two sizes, interpolated in the logarithm); `ratio`, the one by the
+        other; and `constants`, cost and distance of every size.
+
+    Raises:
+        ValueError: If the budget is less than the smallest size costs, a call or the unit cannot be, the pipeline has
+            one size alone, or MACs were not counted.
+
+    Example:
+        >>> pipeline = OFAPipeline.from_pretrained("ofa")
+        >>> schedule = find_schedule(pipeline, [{"batch_size": 2}], budget=0.8, num_inference_steps=3)
+        >>> pipeline.set_schedule("fast", schedule)
+        >>> images = pipeline(size="fast", num_inference_steps=3).images
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unit is {unit!r}; it must be 'macs' or 'latency'")
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget is {budget}; it must be above 0 and at most 1, a share of the largest size's cost")
+    if len(pipeline.supernets) < 1 or len(pipeline.sizes) < 2:
+        raise ValueError("the pipeline has one size alone, of which there is no schedule; load it without size=")
+    shared = {**(arguments or {}), **({"num_inference_steps": num_inference_steps} if num_inference_steps else {})}
+    checked = [opened(call) for call in check_calls(pipeline._stock_class, calls, shared)]
+    if unit == "macs":
+        _check_budget(_shares_of_macs(pipeline), budget)
+    bar = tqdm(desc="Schedule", unit="image", disable=not progress)
+    search = _Search(pipeline, checked, seed, bar)
+    with _without_bar(pipeline), bar:
+        sizes = pipeline.sizes
+        steps = search.measure_steps(unit)
+        _check_budget(steps.costs, budget)
+        bar.total = (len(steps.visited) * (len(sizes) - 1) + 8 + 2 * len(sizes)) * len(checked)
+        errors = {
+            (step, size): search.distance([size if each == step else sizes[-1] for each in range(steps.count)])
+            for step in steps.visited
+            for size in sizes[:-1]
+        }
+        candidates = list(_candidates(errors, steps, budget))
+        best = min(candidates, key=search.distance)
+        found = _judge(search.with_other_noise(), best, steps)
+    return SizeSchedule(best, {"unit": unit, "budget": budget, "steps": steps.count, "calls": len(checked), **found})
+
+
+def _shares_of_macs(pipeline: OFAPipeline) -> dict[float, float]:
+    """What each size costs, as a share of the largest; of several denoisers together."""
+    macs: dict[float, int] = dict.fromkeys(pipeline.sizes, 0)
+    for supernet in pipeline.supernets.values():
+        for subnet in supernet.subnets:
+            if subnet.macs is None:
+                raise ValueError("the MACs of these sizes were not counted; give unit='latency'")
+            macs[subnet.size] += subnet.macs
+    return {size: own / macs[pipeline.sizes[-1]] for size, own in macs.items()}
+
+
+def _check_budget(costs: Mapping[float, float], budget: float) -> None:
+    smallest = min(costs, key=costs.__getitem__)
+    if costs[smallest] > budget:
+        raise ValueError(
+            f"budget is {budget:g}, and the cheapest size, {smallest:g}, costs {costs[smallest]:.3f} of the largest at "
+            "every step; give at least that"
+        )
+
+
+class _Search:
+    """Samples calls with schedules, always with the same noise, and compares them with the largest size's images."""
+
+    def __init__(self, pipeline: OFAPipeline, calls: Sequence[Arguments], seed: int, bar: Any, noise: str = "") -> None:
+        self.pipeline, self.calls, self.seed, self.bar, self.noise = pipeline, calls, seed, bar, noise
+        self.takes = inspect.signature(pipeline._stock_class.__call__).parameters
+        self.known: dict[tuple[float, ...], float] = {}
+        self.expected: list[np.ndarray] | None = None
+
+    def with_other_noise(self) -> _Search:
+        """The same calls, begun from other noise."""
+        return _Search(self.pipeline, self.calls, self.seed, self.bar, "other ")
+
+    def sample(self, size: float | SizeSchedule) -> list[np.ndarray]:
+        """The images of every call."""
+        images = []
+        with torch.random.fork_rng():
+            for number, call in enumerate(self.calls):
+                drawn = random.Random(f"{self.seed} {self.noise}noise of call {number}").getrandbits(63)
+                torch.manual_seed(drawn)
+                options = {"output_type": "np"} if "output_type" in self.takes else {}
+                if "generator" in self.takes:
+                    options["generator"] = torch.Generator().manual_seed(drawn)
+                images.append(_numbers(self.pipeline(**{**options, **call}, size=size)[0]))  # type: ignore[operator]
+                self.bar.update()
+        return images
+
+    def distance(self, sizes: Sequence[float]) -> float:
+        """Mean squared distance of the images of a schedule to the largest size's."""
+        key = tuple(sizes)
+        if key not in self.known:
+            if self.expected is None:
+                self.expected = self.sample(self.pipeline.sizes[-1])
+            images = self.sample(SizeSchedule(sizes))
+            pairs = zip(images, self.expected, strict=True)
+            self.known[key] = statistics.fmean(float(np.square(one - other).mean()) for one, other in pairs)
+        return self.known[key]
+
+    def measure_steps(self, unit: str) -> _Steps:
+        """Which steps the first call takes, and what each size costs."""
+        pipeline, calls = self.pipeline, self.calls
+        self.calls = calls[:1]
+        try:
+            with _watched(pipeline) as seen:
+                self.sample(pipeline.sizes[-1])
+            if not seen.steps:
+                raise ValueError(f"the {type(pipeline).__name__} never called its denoiser, so it has no steps")
+            count = seen.count
+            forwards = [seen.steps.count(step) for step in range(count)]
+            costs = _shares_of_macs(pipeline) if unit == "macs" else self._latencies()
+        finally:
+            self.calls = calls
+        return _Steps(count, forwards, costs)
+
+    def _latencies(self) -> dict[float, float]:
+        """Seconds of a forward at each size, as shares of the largest's: the median of two calls, sizes in turn."""
+        seconds: dict[float, list[float]] = {size: [] for size in self.pipeline.sizes}
+        for size in (*self.pipeline.sizes, *self.pipeline.sizes):
+            with _watched(self.pipeline) as seen:
+                self.sample(size)
+            seconds[size] += seen.seconds[1:] or seen.seconds
+        largest = statistics.median(seconds[self.pipeline.sizes[-1]])
+        return {size: statistics.median(own) / largest for size, own in seconds.items()}
+
+
+class _Seen:
+    """Steps and seconds of the forwards of a call."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.seconds: list[float] = []
+        self.count, self.began = 0, 0.0
+
+
+@contextmanager
+def _watched(pipeline: Any) -> Iterator[_Seen]:
+    """A block in which forwards of a pipeline's denoisers are counted and timed."""
+    seen = _Seen()
+    handles = []
+
+    def synchronize(device: torch.device) -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    for name in pipeline.supernets:
+        denoiser = pipeline.components[name]
+        read = step_reader(pipeline, name)
+
+        def begin(module: Any, args: tuple, kwargs: dict[str, Any], read: Any = read) -> None:
+            step, seen.count = read(args, kwargs)
+            seen.steps.append(step)
+            synchronize(pipeline._execution_device)
+            seen.began = time.perf_counter()
+
+        def end(*call: Any) -> None:
+            synchronize(pipeline._execution_device)
+            seen.seconds.append(time.perf_counter() - seen.began)
+
+        handles += [denoiser.register_forward_pre_hook(begin, with_kwargs=True), denoiser.register_forward_hook(end)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _without_bar(pipeline: Any) -> Iterator[None]:
+    before = dict(vars(pipeline).get("_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
+
+
+def _numbers(output: Any) -> np.ndarray:
+    """Images, frames or sounds as one array of floats."""
+    if isinstance(output, torch.Tensor):
+        return output.detach().float().cpu().numpy().astype(np.float64)
+    if isinstance(output, (list, tuple)):
+        return np.concatenate([_numbers(each).ravel() for each in output])
+    values = np.asarray(output)
+    return values.astype(np.float64) / (255 if values.dtype == np.uint8 else 1)
+
+
+# Which schedule
+
+
+def _candidates(errors: Mapping[tuple[int, float], float], steps: _Steps, budget: float) -> Iterator[list[float]]:
+    """Schedules that may be the best within a budget."""
+    sizes = sorted(steps.costs)
+    yield from (filled for filled in _one_change(steps, budget, sizes))
+    for reach in SMOOTHING:
+        smooth = {
+            (step, size): statistics.fmean(
+                errors[near, size] for near in range(step - reach, step + reach + 1) if (near, size) in errors
+            )
+            for step, size in errors
+        }
+        chosen = best_sizes(
+            [{**{size: smooth[step, size] for size in sizes[:-1]}, sizes[-1]: 0.0} for step in steps.visited],
+            [{size: steps.forwards[step] * steps.costs[size] for size in sizes} for step in steps.visited],
+            budget * sum(steps.forwards),
+        )
+        yield _filled(steps, chosen)
+
+
+def _one_change(steps: _Steps, budget: float, sizes: Sequence[float]) -> Iterator[list[float]]:
+    """For every two sizes the schedules that change once, either way, as late or as early as the budget allows."""
+    constant = max((size for size in sizes if steps.costs[size] <= budget), key=steps.costs.__getitem__)
+    yield [constant] * steps.count
+    for small, large in itertools.combinations(sizes, 2):
+        if not steps.costs[small] <= budget < steps.costs[large]:
+            continue
+        for largest_first in (False, True):
+            fitting = []
+            for changed in range(len(steps.visited) + 1):
+                few = [large] * changed if largest_first else [small] * (len(steps.visited) - changed)
+                rest = small if largest_first else large
+                filled = _filled(steps, [*few, *[rest] * (len(steps.visited) - len(few))])
+                if steps.cost(filled) <= budget:
+                    fitting.append(filled)
+            yield max(fitting, key=steps.cost)
+
+
+def _filled(steps: _Steps, chosen: Sequence[float]) -> list[float]:
+    """Sizes of the visited steps for all: those left out have the size of the nearest one."""
+    return [
+        chosen[min(range(len(steps.visited)), key=lambda place: abs(steps.visited[place] - step))]
+        for step in range(steps.count)
+    ]
+
+
+def best_sizes(
+    errors: Sequence[Mapping[float, float]], costs: Sequence[Mapping[float, float]], budget: float
+) -> list[float]:
+    """For every step a size, with the least sum of errors whose costs add up to no more than a budget.
+
+    Exact, by dynamic programming over steps: of all beginnings those are kept that no other one undercuts in both.
+
+    Args:
+        errors: Of each size, for every step.
+        costs: Likewise.
+        budget: Sum of costs.
+
+    Raises:
+        ValueError: If even the cheapest sizes cost more.
+    """
+    ends: list[tuple[float, float, tuple[float, ...]]] = [(0.0, 0.0, ())]
+    left = [sum(min(each.values()) for each in costs[step:]) for step in range(len(costs) + 1)]
+    slack = 1e-9 * budget
+    for step, (own_errors, own_costs) in enumerate(zip(errors, costs, strict=True), 1):
+        longer = [
+            (spent + own_costs[size], error + own_errors[size], (*chosen, size))
+            for spent, error, chosen in ends
+            for size in own_errors
+            if spent + own_costs[size] + left[step] <= budget + slack
+        ]
+        ends, least = [], math.inf
+        for end in sorted(longer):
+            if end[1] < least:
+                ends.append(end)
+                least = end[1]
+    if not ends:
+        raise ValueError(f"the budget of {budget:g} is less than the cheapest sizes cost")
+    return list(ends[-1][2])
+
+
+# How good it is
+
+
+def _judge(search: _Search, sizes: Sequence[float], steps: _Steps) -> dict[str, Any]:
+    """A schedule beside constant sizes, on noise that it was not found with."""
+    constants = sorted((steps.costs[size], search.distance([size] * steps.count), size) for size in steps.costs)
+    cost, distance = steps.cost(sizes), search.distance(sizes)
+    constant = _between([(own, far) for own, far, _ in constants], cost)
+    return {
+        "cost": cost,
+        "distance": distance,
+        "constant_distance": constant,
+        "ratio": distance / constant if constant > 0 else 1.0,
+        "constants": {f"{size:g}": {"cost": own, "distance": far} for own, far, size in constants},
+    }
+
+
+def _between(points: Sequence[tuple[float, float]], cost: float) -> float:
+    """The distance at a cost: between two sizes, interpolated in its logarithm; to the largest size, linearly."""
+    for (low, far), (high, near) in itertools.pairwise(points):
+        if low <= cost <= high:
+            share = (cost - low) / (high - low) if high > low else 0.0
+            if near > 0 and far > 0:
+                return math.exp((1 - share) * math.log(far) + share * math.log(near))
+            return (1 - share) * far + share * near
+    return points[-1][1]
