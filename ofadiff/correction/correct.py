@@ -200,9 +200,11 @@ def _waves(work: _Correction, names: Sequence[str], at_once: int | None, each: b
     most = at_once or math.ceil(len(names) / MOST_WAVES)
     waves: list[list[str]] = []
     taken = 0
+    supernet = work.supernet
     for name in names:
-        columns = work.supernet.model.get_submodule(name).weight[0].numel()
-        needed = 2 * 8 * columns**2 * (1 + each * len(work.supernet.sizes))
+        columns = readers.columns_of(supernet.model, supernet.groups, list(supernet.subnets), name)
+        width = supernet.model.get_submodule(name).weight[0].numel()
+        needed = 2 * 8 * (width**2 + each * sum(len(own) ** 2 for own in columns))
         if not waves or len(waves[-1]) == most or (at_once is None and taken + needed > MOST_BYTES):
             waves.append([])
             taken = 0

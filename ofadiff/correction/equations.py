@@ -47,7 +47,11 @@ class NormalEquations:
         self.gram = torch.zeros(full, full, dtype=torch.float64, device=device)
         self.products = torch.zeros(full, outputs, dtype=torch.float64, device=device)
         self.error = torch.zeros((), dtype=torch.float64, device=device)
-        self.alone = [NormalEquations(columns, width, outputs, bias) for _ in columns] if each else []
+        # Of what a size reads alone, numbered from 0 on.
+        self.alone = [
+            NormalEquations([torch.arange(len(own), device=device)], len(own), outputs, bias)
+            for own in (columns if each else ())
+        ]
 
     def uses(self, size: int) -> bool:
         """Whether a size reads anything; one that drops the branch keeps the bias alone."""
@@ -73,8 +77,8 @@ class NormalEquations:
         self.error += weight * residual.square().sum()
         if self.alone:
             own = self.alone[size]
-            own.gram[columns[:, None], columns] += gram
-            own.products[columns] += products
+            own.gram += gram
+            own.products += products
             own.error += residual.square().sum()
 
     def reduce(self, reduce: Reduce) -> None:
@@ -90,12 +94,12 @@ class NormalEquations:
         both.alone = [own.plus(others) for own, others in zip(self.alone, other.alone, strict=True)]
         return both
 
-    def beside(self, change: Tensor, columns: Tensor) -> NormalEquations:
-        """What is left to fit beside a change, by a further one of some columns: equations without a bias."""
+    def beside(self, change: Tensor) -> NormalEquations:
+        """What is left to fit beside a change, by a further one of the weights: equations without a bias."""
         left = copy.copy(self)
-        left.bias, left.width, left.alone = False, len(columns), []
-        left.gram = self.gram[columns[:, None], columns]
-        left.products = (self.products - self.gram @ change)[columns]
+        left.bias, left.alone = False, []
+        left.gram = self.gram[: self.width, : self.width]
+        left.products = (self.products - self.gram @ change)[: self.width]
         left.error = self.error - self._gain(change)
         return left
 
@@ -167,9 +171,8 @@ class SplitEquations:
 
         The ridge is chosen for a change of any rank: one decomposition instead of one for each.
         """
-        columns = self.seen.columns[size]
-        columns = columns[:-1] if self.seen.bias else columns
-        seen, unseen = (sums.alone[size].beside(change, columns) for sums in (self.seen, self.unseen))
+        own = change[self.seen.columns[size]]
+        seen, unseen = (sums.alone[size].beside(own) for sums in (self.seen, self.unseen))
         ridge = ridge or _best_ridge(unseen, seen.solve)
         return None if ridge is None else seen.plus(unseen).low_rank(rank, ridge)
 
