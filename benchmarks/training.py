@@ -20,6 +20,7 @@ from ofadiff import Supernet
 from ofadiff.denoisers.prepare import DenoiserInputs
 from ofadiff.training.distill import block_outputs, distillation_loss
 from ofadiff.training.losses import predict, prediction_loss
+from ofadiff.training.muon import Muon, split_weights
 
 SIZES = (0.4, 0.7, 1.0)
 BATCH_SIZES = {"cpu": 2, "cuda": 16}
@@ -37,13 +38,18 @@ def compare(comparison: Comparison) -> None:
     plain.train()
     supernet.model.train()
 
-    def joint(size: float, stages: Sequence[str] = ()) -> Callable[[], None]:
-        return partial(joint_step, supernet, size, teacher, stages, batch, joint_optimizer)
-
     joint_optimizer, optimizer = (torch.optim.AdamW(m.parameters(), LEARNING_RATE) for m in (supernet.model, plain))
+    muon = Muon(*(part.values() for part in split_weights(supernet.model, supernet.groups)), lr=LEARNING_RATE)
+
+    def joint(
+        size: float, stages: Sequence[str] = (), optimizer: torch.optim.Optimizer = joint_optimizer
+    ) -> Callable[[], None]:
+        return partial(joint_step, supernet, size, teacher, stages, batch, optimizer)
+
     joint_steps = {f"{size:g}": joint(size) for size in reversed(supernet.sizes)}
     with_features = {f"{supernet.sizes[-1]:g}, block outputs too": joint(supernet.sizes[-1], stages)}
-    steps = {**joint_steps, **with_features, "plain": partial(plain_step, plain, batch, optimizer)}
+    with_muon = {f"{size:g}, Muon": joint(size, optimizer=muon) for size in reversed(supernet.sizes)}
+    steps = {**joint_steps, **with_features, **with_muon, "plain": partial(plain_step, plain, batch, optimizer)}
     with torch.autocast(comparison.device.type, torch.bfloat16, enabled=comparison.device.type == "cuda"):
         times = comparison.time_in_turn(steps)
         teacher_bytes = sum(parameter.nbytes for parameter in teacher.parameters())
@@ -52,6 +58,8 @@ def compare(comparison: Comparison) -> None:
             ours = comparison.peak_memory([supernet.model, teacher], steps[name])
             comparison.add_times(f"time: joint step at {name}, plain step", times[name], times["plain"])
             comparison.add_memory(f"memory: joint step at {name}, plain step and teacher", ours, theirs, MAX_MEMORY)
+    for name in joint_steps:
+        comparison.add_times(f"time: joint step at {name} with Muon, with AdamW", times[f"{name}, Muon"], times[name])
     for larger, smaller in itertools.pairwise(joint_steps):
         comparison.add_times(f"time: joint step at {smaller}, at {larger}", times[smaller], times[larger], 1.0)
 

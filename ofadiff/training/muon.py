@@ -41,7 +41,7 @@ class Muon(torch.optim.AdamW):
 
     Example:
         >>> matrices, others = split_weights(unet, groups)
-        >>> optimizer = Muon(matrices, others, lr=1e-3)
+        >>> optimizer = Muon(matrices.values(), others.values(), lr=1e-3)
     """
 
     def __init__(
