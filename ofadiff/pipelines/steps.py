@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -128,8 +129,9 @@ def step_reader(pipeline: Any, name: str) -> Callable[[tuple, dict[str, Any]], t
         if scheduler.timesteps is not timesteps:  # the first forward, or that of another stage
             timesteps, steps = scheduler.timesteps, distinct(scheduler.timesteps)
             conventions = conventions_of(scheduler, model)
-        moment = moment_of({**dict(zip(parameters, args, strict=False)), **kwargs}.get(time))
-        found = step_of(moment, steps, scheduler.config.num_train_timesteps, conventions)
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}.get(time)
+        moment = math.nan if given is None else moment_of(given)
+        found = step_of(moment, steps, scheduler.config.get("num_train_timesteps", math.nan), conventions)
         if found is None:
             raise ValueError(
                 f"the {name} is called at {time} {moment:g}, which is none of the {type(scheduler).__name__}'s "
