@@ -255,8 +255,9 @@ class Optimization(Bundle):
     allow_tf32: bool = False
     """faster float32 products on Ampere GPUs and later"""
     learning_rate: Annotated[float | None, POSITIVE] = None
-    """of AdamW, after warm-up; 1e-4, for text-to-image models 5e-5; for one size 1e-4 for a LoRA, whose few weights
-    begin without effect, and 2e-5 for a whole subnet, which joint training has left close to where it shall go"""
+    """of Muon and AdamW alike, after warm-up; 1e-4, for text-to-image models 5e-5; for one size 1e-4 for a LoRA, whose
+    few weights begin without effect, and 2e-5 for a whole subnet, which joint training has left close to where it shall
+    go"""
     lr_scheduler: Literal["cosine", "constant_with_warmup"] = "cosine"
     """learning rate over time"""
     lr_warmup_steps: Annotated[int | None, COUNT_OR_NONE] = None
