@@ -7,7 +7,8 @@ import hashlib
 import inspect
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,17 @@ def _opened(value: Any) -> Any:
     if isinstance(value, list):
         return [_opened(entry) for entry in value]
     return load_image(str(value)) if isinstance(value, Path) else value
+
+
+@contextmanager
+def without_bar(pipeline: Any) -> Iterator[None]:
+    """A block in which a pipeline shows no bar of its own."""
+    before = dict(vars(pipeline).get("_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
 
 
 def described(value: Any) -> Any:

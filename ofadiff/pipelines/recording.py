@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ofadiff.denoisers.pipelines import find_component
-from ofadiff.pipelines.calls import check_calls, described, opened
+from ofadiff.pipelines.calls import check_calls, described, opened, without_bar
 from ofadiff.recordings.folder import (
     DESCRIPTION_NAME,
     Recordings,
@@ -165,7 +164,7 @@ def _record_share(
     limit = None if max_bytes is None else max_bytes / state.num_processes
     mine = [number for number in range(len(calls))[state.process_index :: state.num_processes] if number not in done]
     show = progress and state.is_local_main_process
-    with _quiet(pipeline), torch.random.fork_rng():
+    with without_bar(pipeline), torch.random.fork_rng():
         for number in tqdm(mine, "Recording", disable=not show):
             kept = _record_call(pipeline, denoiser, calls[number], number, description)
             expected = sum(tensor.nbytes for tensor in {k: v for entry in kept for k, v in entry[4].items()}.values())
@@ -249,14 +248,3 @@ class _Recorder:
             arguments, by_name, tensors = self.taken
             answer = to_spec(answer_of(output), tensors, "the denoiser's answer")
             self.slot.append((self.step, arguments, by_name, answer, tensors))
-
-
-@contextmanager
-def _quiet(pipeline: Any) -> Iterator[None]:
-    """A block in which a pipeline shows no bar of its own."""
-    before = dict(vars(pipeline).get("_progress_bar_config", {}))
-    pipeline.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipeline.set_progress_bar_config(**before)

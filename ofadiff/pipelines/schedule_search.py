@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ofadiff.pipelines.calls import Arguments, check_calls, opened
+from ofadiff.pipelines.calls import Arguments, check_calls, opened, without_bar
 from ofadiff.pipelines.ofa_pipeline import OFAPipeline
 from ofadiff.pipelines.steps import step_reader
 from ofadiff.size_schedule import SizeSchedule
@@ -110,7 +110,7 @@ def find_schedule(
         _check_budget(_shares_of_macs(pipeline), budget)
     bar = tqdm(desc="Schedule", unit="image", disable=not progress)
     search = _Search(pipeline, checked, seed, bar)
-    with _without_bar(pipeline), bar:
+    with without_bar(pipeline), bar:
         sizes = pipeline.sizes
         steps = search.measure_steps(unit)
         _check_budget(steps.costs, budget)
@@ -250,16 +250,6 @@ def _watched(pipeline: Any) -> Iterator[_Seen]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _without_bar(pipeline: Any) -> Iterator[None]:
-    before = dict(vars(pipeline).get("_progress_bar_config", {}))
-    pipeline.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipeline.set_progress_bar_config(**before)
 
 
 def _numbers(output: Any) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_supernet
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, StableDiffusionImg2ImgPipeline, UNet2DModel
 from tiny_pipelines import PICTURE, load, make_checkpoint
 
 from ofadiff import OFAPipeline, SizeSchedule, find_schedule
@@ -123,8 +123,6 @@ def test_a_latency_is_a_budget_too(pipeline):
 
 
 def test_steps_that_image_to_image_leaves_out_cost_nothing(tmp_path):
-    from diffusers import StableDiffusionImg2ImgPipeline
-
     base = load(make_checkpoint(tmp_path / "sd"))
     made = OFAPipeline.from_pipe(base, StableDiffusionImg2ImgPipeline)
     arguments = {"prompt": "a b", "image": PICTURE, "strength": 0.5}
