@@ -73,6 +73,7 @@ def with_own_defaults(settings: RunSettings, accelerator: Accelerator, checkpoin
         {
             "optimizer": default_optimizer(settings, accelerator, checkpoint),
             "correction_rank": default_correction_rank(settings),
+            "correction_ridge": saved.get("correction_ridge"),
             "distill_weight": saved.get("distill_weight", DISTILL_WEIGHT),
         }
     )
