@@ -19,7 +19,7 @@ from ofadiff.evaluation.finite import NotFiniteError, finite_outputs
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
-from ofadiff.pipelines.calls import check_calls, opened
+from ofadiff.pipelines.calls import check_calls, opened, without_bar
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -283,16 +283,14 @@ def evaluation_mode(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Every model of a pipeline in eval mode, and no progress bar per call; both as they were afterwards."""
     models = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     modes = [(module, module.training) for model in models for module in model.modules()]
-    bars = vars(pipeline).get("_progress_bar_config", {})  # diffusers has a setter for it, but no getter
     try:
         for model in models:
             model.eval()
-        pipeline.set_progress_bar_config(disable=True)
-        yield
+        with without_bar(pipeline):
+            yield
     finally:
         for module, training in modes:
             module.training = training
-        pipeline.set_progress_bar_config(**bars)
 
 
 def _global_random_states(device: torch.device) -> list[torch.Tensor]:

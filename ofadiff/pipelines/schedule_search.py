@@ -102,10 +102,13 @@ def find_schedule(
         raise ValueError(f"unit is {unit!r}; it must be 'macs' or 'latency'")
     if not 0 < budget <= 1:
         raise ValueError(f"budget is {budget}; it must be above 0 and at most 1, a share of the largest size's cost")
-    if len(pipeline.supernets) < 1 or len(pipeline.sizes) < 2:
+    if not pipeline.supernets or len(pipeline.sizes) < 2:
         raise ValueError("the pipeline has one size alone, of which there is no schedule; load it without size=")
     shared = {**(arguments or {}), **({"num_inference_steps": num_inference_steps} if num_inference_steps else {})}
     checked = [opened(call) for call in check_calls(pipeline._stock_class, calls, shared)]
+    for number, call in enumerate(checked, 1):
+        if call.get("generator") is not None:  # it would go on from one sampling to the next
+            raise ValueError(f"call {number} has a generator; every schedule needs the same noise, which seed gives")
     if unit == "macs":
         _check_budget(_shares_of_macs(pipeline), budget)
     bar = tqdm(desc="Schedule", unit="image", disable=not progress)
@@ -159,11 +162,11 @@ class _Search:
         """The same calls, begun from other noise."""
         return _Search(self.pipeline, self.calls, self.seed, self.bar, "other ")
 
-    def sample(self, size: float | SizeSchedule) -> list[np.ndarray]:
-        """The images of every call."""
+    def sample(self, size: float | SizeSchedule, calls: int | None = None) -> list[np.ndarray]:
+        """The images of every call, or of the first ones."""
         images = []
         with torch.random.fork_rng():
-            for number, call in enumerate(self.calls):
+            for number, call in enumerate(self.calls[:calls]):
                 drawn = random.Random(f"{self.seed} {self.noise}noise of call {number}").getrandbits(63)
                 torch.manual_seed(drawn)
                 options = {"output_type": "np"} if "output_type" in self.takes else {}
@@ -186,26 +189,21 @@ class _Search:
 
     def measure_steps(self, unit: str) -> _Steps:
         """Which steps the first call takes, and what each size costs."""
-        pipeline, calls = self.pipeline, self.calls
-        self.calls = calls[:1]
-        try:
-            with _watched(pipeline) as seen:
-                self.sample(pipeline.sizes[-1])
-            if not seen.steps:
-                raise ValueError(f"the {type(pipeline).__name__} never called its denoiser, so it has no steps")
-            count = seen.count
-            forwards = [seen.steps.count(step) for step in range(count)]
-            costs = _shares_of_macs(pipeline) if unit == "macs" else self._latencies()
-        finally:
-            self.calls = calls
-        return _Steps(count, forwards, costs)
+        pipeline = self.pipeline
+        with _watched(pipeline) as seen:
+            self.sample(pipeline.sizes[-1], calls=1)
+        if not seen.steps:
+            raise ValueError(f"the {type(pipeline).__name__} never called its denoiser, so it has no steps")
+        forwards = [seen.steps.count(step) for step in range(seen.count)]
+        costs = _shares_of_macs(pipeline) if unit == "macs" else self._latencies()
+        return _Steps(seen.count, forwards, costs)
 
     def _latencies(self) -> dict[float, float]:
         """Seconds of a forward at each size, as shares of the largest's: the median of two calls, sizes in turn."""
         seconds: dict[float, list[float]] = {size: [] for size in self.pipeline.sizes}
         for size in (*self.pipeline.sizes, *self.pipeline.sizes):
             with _watched(self.pipeline) as seen:
-                self.sample(size)
+                self.sample(size, calls=1)
             seconds[size] += seen.seconds[1:] or seen.seconds
         largest = statistics.median(seconds[self.pipeline.sizes[-1]])
         return {size: statistics.median(own) / largest for size, own in seconds.items()}
@@ -268,7 +266,7 @@ def _numbers(output: Any) -> np.ndarray:
 def _candidates(errors: Mapping[tuple[int, float], float], steps: _Steps, budget: float) -> Iterator[list[float]]:
     """Schedules that may be the best within a budget."""
     sizes = sorted(steps.costs)
-    yield from (filled for filled in _one_change(steps, budget, sizes))
+    yield from _one_change(steps, budget, sizes)
     for reach in SMOOTHING:
         smooth = {
             (step, size): statistics.fmean(

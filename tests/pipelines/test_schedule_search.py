@@ -157,3 +157,5 @@ def test_bad_input_is_one_sentence_before_anything_is_sampled(pipeline, folder, 
         find_schedule(pipeline, [{"size": 0.6}], 0.8)
     with pytest.raises(ValueError, match="one size alone"):
         search(one, 0.8)
+    with pytest.raises(ValueError, match="call 1 has a generator"):
+        find_schedule(pipeline, [{"generator": torch.Generator()}], 0.8)
