@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -259,20 +261,37 @@ def _convolved(layer: nn.Module, input: torch.Tensor, weight: torch.Tensor, bias
     return everywhere.to(dtype).view(-1, *(1 for _ in lengths)).expand(input.shape[0], -1, *lengths)
 
 
-# For a layer what it kept and what it was cut from, and its parameters, each cut to what the layer keeps.
-_Cuts = dict[nn.Module, tuple[Kept, list[tuple[int, int]], tuple[torch.Tensor, torch.Tensor | None]]]
+class _Cut(NamedTuple):
+    """What a layer keeps, which state of its weights it was cut from, and the parts."""
+
+    kept: Kept
+    written: list[tuple[int, int]]
+    parts: tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """The last cuts of layers, at most so many of each."""
+
+    most: int
+    by_layer: dict[nn.Module, list[_Cut]] = field(default_factory=dict)
+
+
 _cuts: ContextVar[_Cuts | None] = ContextVar("_cuts", default=None)
 
 
 @contextmanager
-def cut_once() -> Iterator[None]:
+def cut_once(sizes: int = 1) -> Iterator[None]:
     """A block in which no weight changes: layers cut their weights once per size, not at every forward.
 
     For forwards without gradients; compiled ones go on cutting. What was cut is held until the block ends, which takes
-    up to the memory of the extracted model's weights. Weights that change all the same are cut anew if PyTorch counts
+    up to the memory of the extracted models' weights. Weights that change all the same are cut anew if PyTorch counts
     the change; it does not count what is written through `.data`.
+
+    Args:
+        sizes: How many sizes are held, those that were used last: more than one where forwards alternate.
     """
-    token = _cuts.set({})
+    token = _cuts.set(_Cuts(sizes))
     try:
         yield
     finally:
@@ -286,13 +305,16 @@ def _active(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or (cuts := _cuts.get()) is None:
         return _cut(layer)
     written = _written(layer)
-    held = cuts.get(layer)
-    if held is None or held[0] is not kept or held[1] != written:
-        weight, bias = _cut(layer)
-        # Rows of the full weight need no copy; columns are strewn over it, which every product would pay for.
-        held = kept, written, (weight if weight is None or weight.is_contiguous() else weight.clone(), bias)
-        cuts[layer] = held
-    return held[2]
+    held = cuts.by_layer.setdefault(layer, [])
+    for cut in held:
+        if cut.kept is kept and cut.written == written:
+            return cut.parts
+    weight, bias = _cut(layer)
+    # Rows of the full weight need no copy; columns are strewn over it, which every product would pay for.
+    parts = weight if weight is None or weight.is_contiguous() else weight.clone(), bias
+    others = [cut for cut in held if cut.kept is not kept]
+    held[:] = [*others, _Cut(kept, written, parts)][-cuts.most :]
+    return parts
 
 
 def _written(layer: nn.Module) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -278,6 +278,27 @@ class Supernet:
         else:
             with self._state.at(size):
                 yield
+
+    @contextmanager
+    def answering(self, answer: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]) -> Iterator[None]:
+        """A block in which every call of the model is answered by a function, which may set sizes.
+
+        Until the block ends the model is this thread's.
+
+        Args:
+            answer: Gets the model's own call, and the arguments by position and by name.
+
+        Raises:
+            ValueError: If the block is in another one.
+        """
+        with self._state.lock:
+            if self._state.answer is not None:
+                raise ValueError("the model's calls are answered by a function already; leave that block first")
+            self._state.answer = answer
+            try:
+                yield
+            finally:
+                self._state.answer = None
 
     def extract(self, size: float | str) -> ModelMixin:
         """A subnet as a stand-alone model of class `OFA<DiffusersClass>`; equal to the supernet at that size.

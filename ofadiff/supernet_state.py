@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class SupernetState:
         schedules: Sizes over the steps of an image, by their names.
         sides: For every adapter of the original that follows the sizes its layers, see `adopt_adapter`.
         size: Size that the model is set to.
+        answer: What a call of the model does in place of a forward; it is told the forward and its arguments.
         lock: Held while a size is set for some calls, and during every forward.
     """
 
@@ -73,6 +74,7 @@ class SupernetState:
         self.size_adapters: dict[float, SizeAdapter] = {}
         self.schedules: dict[str, SizeSchedule] = {}
         self.sides: dict[str, list[tuple[nn.Module, str, Slice]]] = {}
+        self.answer: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any] | None = None
         self.lock = SizeLock()
         self._blocks = [(model.get_submodule(group.block), group) for group in groups if group.resize is not None]
         self.look_up_layers(model)

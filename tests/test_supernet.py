@@ -229,6 +229,25 @@ def test_compiling_makes_one_graph_per_size_and_none_when_a_size_returns():
         assert graphs.frame_count == expected
 
 
+@pytest.mark.slow
+def test_a_function_answers_calls_of_a_model_that_is_compiled_in_place_too():
+    unet = plain_unet(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)).eval()
+    supernet = make_supernet(unet)
+    inputs, sizes = random_inputs(unet), []
+    expected = output(unet, inputs)
+
+    def answer(call, args, kwargs):
+        sizes.append(supernet.size)
+        return call(*args, **kwargs)
+
+    unet.compile(backend="eager")
+    with supernet.answering(answer):
+        assert relative_error(output(unet, inputs), expected) < 1e-5
+        with pytest.raises(ValueError, match="leave that block first"), supernet.answering(answer):
+            pass
+    assert sizes == [1.0] and relative_error(output(unet, inputs), expected) < 1e-5 and sizes == [1.0]
+
+
 def test_channels_last_stays_at_every_size_and_in_extracted_models():
     unet = make_unet("sd15")
     supernet = make_supernet(unet)

@@ -30,6 +30,7 @@ from ofadiff.extraction.extracted_model import WIDTHS_KEY, ExtractedModel
 from ofadiff.extraction.reader import load_extracted
 from ofadiff.layers import cut_once
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
+from ofadiff.pipelines.guidance import check_guidance, guided
 from ofadiff.pipelines.one_size import OneSizePipeline, one_size_pipeline_class
 from ofadiff.pipelines.steps import following
 from ofadiff.size_schedule import SizeSchedule
@@ -172,32 +173,56 @@ class OFAPipeline:
         _mix_in_sizes(made, names, pipeline._only_subnets)
         return made.to(dtype=dtypes[0] or dtypes[1])
 
-    def __call__(self, *args: Any, size: float | str | SizeSchedule | None = None, **kwargs: Any) -> Any:
-        """The pipeline's own call; `size` holds for this call only.
-
-        It is one of `sizes`, `"smallest"` or `"largest"` for all steps, or a `SizeSchedule`, or the name of one of
-        `schedules`, for each of them.
+    def __call__(
+        self,
+        *args: Any,
+        size: float | str | SizeSchedule | None = None,
+        guidance_size: float | str | SizeSchedule | None = None,
+        autoguidance_scale: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The pipeline's own call; what is added holds for this call only.
 
         The denoiser is this thread's until the call ends: calls of other pipelines around it wait.
 
+        Args:
+            *args: As in the pipeline's own call.
+            size: One of `sizes`, `"smallest"` or `"largest"` for all steps, or a `SizeSchedule`, or the name of one of
+                `schedules`, for each of them. By default the size that is set.
+            guidance_size: The same, for the unconditional half of classifier-free guidance; by default that of the
+                conditional one. A batch of both is two forwards then.
+            autoguidance_scale: With it, the size `guidance_size` is the bad version of the model that autoguidance
+                (arXiv 2406.02507) leads away from, by this factor, from 1 on, at which it changes nothing. It needs no
+                unconditional half: `guidance_scale=1.0` leaves that out.
+            **kwargs: As in the pipeline's own call.
+
         Raises:
-            ValueError: If there is no such size, or a schedule cannot be followed: the pipeline has no scheduler, or
-                its denoiser is called at other times than the scheduler's.
+            ValueError: If there is no such size; a schedule cannot be followed: the pipeline has no scheduler, or its
+                denoiser is called at other times than the scheduler's; or a size cannot guide: which half is the
+                unconditional one is not known, or there is no classifier-free guidance.
         """
         supernets = self.supernets
-        schedule, chosen = self._chosen(size)
+        (schedule, chosen), (_, guiding) = self._chosen(size), self._chosen(guidance_size)
+        if guiding or autoguidance_scale is not None:
+            parameters = inspect.signature(self._stock_class.__call__).parameters
+            by_place = dict(zip([name for name in parameters if name != "self"], args, strict=False))
+            guided_by = {"guidance_size": guidance_size, "autoguidance_scale": autoguidance_scale}
+            check_guidance(self._stock_class, parameters, {**by_place, **kwargs, **guided_by})
         if not supernets:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         for supernet in supernets.values():  # every denoiser must have them
-            for each in chosen:
+            for each in (*chosen, *guiding):
                 supernet.subnets.find(each)
         with ExitStack() as stack:
             for supernet in supernets.values():
                 stack.enter_context(supernet.used_at(chosen[0] if chosen else None))
             if self._weights_stay(args, kwargs):
-                stack.enter_context(cut_once())
-            if schedule is not None:
-                denoisers = {name: self.components[name] for name in supernets}  # type: ignore[attr-defined]
+                stack.enter_context(cut_once(2 if guiding else 1))
+            denoisers = {name: self.components[name] for name in supernets}  # type: ignore[attr-defined]
+            if guiding:
+                sizes = SizeSchedule(chosen or [self.size])
+                stack.enter_context(guided(self, denoisers, sizes, SizeSchedule(guiding), autoguidance_scale))
+            elif schedule is not None:
                 stack.enter_context(following(self, denoisers, schedule))
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -358,16 +383,26 @@ def ofa_pipeline_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline
     one that plain diffusers loads.
     """
     call = inspect.signature(stock.__call__)
-    kinds = "float | str | SizeSchedule | None"
-    size = inspect.Parameter("size", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kinds)
+    kinds = {
+        "size": "float | str | SizeSchedule | None",
+        "guidance_size": "float | str | SizeSchedule | None",
+        "autoguidance_scale": "float | None",
+    }
+    ours = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in kinds.items()
+    ]
     parameters = [p for p in call.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in call.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         return OFAPipeline.__call__(self, *args, **kwargs)
 
-    __call__.__signature__ = call.replace(parameters=[*parameters, size, *rest])  # type: ignore[attr-defined]
-    added = "`size`, for this call only: one of the pipeline's `sizes`, or a `SizeSchedule` of them."
+    __call__.__signature__ = call.replace(parameters=[*parameters, *ours, *rest])  # type: ignore[attr-defined]
+    added = (
+        "For this call only: `size`, one of the pipeline's `sizes`, or a `SizeSchedule` of them; `guidance_size`, the "
+        "same for the unconditional half of guidance, or, with `autoguidance_scale`, for autoguidance's bad model."
+    )
     __call__.__doc__ = f"{stock.__call__.__doc__}\n\n{added}"
     namespace = {
         "__module__": stock.__module__,

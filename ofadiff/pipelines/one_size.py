@@ -23,11 +23,12 @@ class OneSizePipeline:
         Raises:
             ValueError: If it is given a size.
         """
-        if "size" in kwargs:
-            raise ValueError(
-                f"size is {kwargs['size']!r}, but this {type(self).__name__} was extracted at size {self.ofa_size:g} "
-                "and has no other; call the OFAPipeline with size="
-            )
+        for name in ("size", "guidance_size", "autoguidance_scale"):
+            if name in kwargs:
+                raise ValueError(
+                    f"{name} is {kwargs[name]!r}, but this {type(self).__name__} was extracted at size "
+                    f"{self.ofa_size:g} and has no other; call the OFAPipeline with {name}="
+                )
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce__(self) -> tuple:

@@ -1,0 +1,73 @@
+"""Which calls, or rows of a call, of a pipeline's denoiser are the unconditional half of classifier-free guidance."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Halves(Enum):
+    """How a pipeline computes both halves of classifier-free guidance."""
+
+    UNCONDITIONAL_FIRST = "one call, the unconditional half of the batch first"
+    CONDITIONAL_FIRST = "one call, the conditional half of the batch first"
+    CONDITIONAL_CALL_FIRST = "two calls with the same latents, the conditional one first"
+
+
+_UNCONDITIONAL_FIRST = """
+AllegroPipeline AnimateDiffControlNetPipeline AnimateDiffPipeline AnimateDiffSDXLPipeline
+AnimateDiffSparseControlNetPipeline AnimateDiffVideoToVideoControlNetPipeline AnimateDiffVideoToVideoPipeline
+AudioLDM2Pipeline AuraFlowPipeline BriaFiboEditPipeline BriaFiboPipeline BriaPipeline CogVideoXFunControlPipeline
+CogVideoXImageToVideoPipeline CogVideoXPipeline CogVideoXVideoToVideoPipeline CogView3PlusPipeline ConsisIDPipeline
+EasyAnimateControlPipeline EasyAnimateInpaintPipeline EasyAnimatePipeline ErnieImagePipeline HiDreamImagePipeline
+HunyuanDiTControlNetPipeline HunyuanDiTPipeline IFImg2ImgPipeline IFImg2ImgSuperResolutionPipeline
+IFInpaintingPipeline IFInpaintingSuperResolutionPipeline IFPipeline IFSuperResolutionPipeline Kandinsky3Img2ImgPipeline
+Kandinsky3Pipeline KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline KandinskyImg2ImgPipeline
+KandinskyInpaintCombinedPipeline KandinskyInpaintPipeline KandinskyPipeline KandinskyPriorPipeline
+KandinskyV22CombinedPipeline KandinskyV22ControlnetImg2ImgPipeline KandinskyV22ControlnetPipeline
+KandinskyV22Img2ImgCombinedPipeline KandinskyV22Img2ImgPipeline KandinskyV22InpaintCombinedPipeline
+KandinskyV22InpaintPipeline KandinskyV22Pipeline KandinskyV22PriorEmb2EmbPipeline KandinskyV22PriorPipeline
+KolorsImg2ImgPipeline KolorsPipeline LDMTextToImagePipeline LTXConditionPipeline LTXI2VLongMultiPromptPipeline
+LTXImageToVideoPipeline LTXPipeline LattePipeline MochiPipeline PRXPipeline PRXPixelPipeline PixArtAlphaPipeline
+PixArtSigmaPipeline SanaControlNetPipeline SanaImageToVideoPipeline SanaPipeline SanaVideoPipeline
+StableAudioPipeline StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline
+StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline StableDiffusion3Pipeline StableDiffusionAdapterPipeline
+StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline StableDiffusionControlNetPipeline
+StableDiffusionDepth2ImgPipeline StableDiffusionImageVariationPipeline StableDiffusionImg2ImgPipeline
+StableDiffusionInpaintPipeline StableDiffusionLatentUpscalePipeline StableDiffusionPipeline
+StableDiffusionUpscalePipeline StableDiffusionXLAdapterPipeline StableDiffusionXLControlNetImg2ImgPipeline
+StableDiffusionXLControlNetInpaintPipeline StableDiffusionXLControlNetPipeline
+StableDiffusionXLControlNetUnionImg2ImgPipeline StableDiffusionXLControlNetUnionInpaintPipeline
+StableDiffusionXLControlNetUnionPipeline StableDiffusionXLImg2ImgPipeline StableDiffusionXLInpaintPipeline
+StableDiffusionXLPipeline StableUnCLIPImg2ImgPipeline StableUnCLIPPipeline
+"""
+
+_CONDITIONAL_FIRST = """
+DiTPipeline LuminaPipeline StableCascadeCombinedPipeline StableCascadeDecoderPipeline StableCascadePriorPipeline
+ZImageImg2ImgPipeline ZImagePipeline
+"""
+
+_CONDITIONAL_CALL_FIRST = """
+BriaFibo2Pipeline ChromaImg2ImgPipeline ChromaInpaintPipeline ChromaPipeline ChronoEditPipeline CogView4ControlPipeline
+CogView4Pipeline Cosmos2TextToImagePipeline Cosmos2VideoToWorldPipeline Cosmos2_5_PredictBasePipeline
+CosmosTextToWorldPipeline CosmosVideoToWorldPipeline Flux2KleinInpaintPipeline Flux2KleinPipeline
+FluxControlNetPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxKontextInpaintPipeline FluxKontextPipeline
+FluxPipeline HeliosPipeline HunyuanSkyreelsImageToVideoPipeline HunyuanVideoFramepackPipeline
+HunyuanVideoImageToVideoPipeline HunyuanVideoPipeline JoyImageEditPipeline Kandinsky5I2IPipeline Kandinsky5I2VPipeline
+Kandinsky5T2IPipeline Kandinsky5T2VPipeline Krea2Pipeline LongCatImageEditPipeline LongCatImagePipeline
+LucyEditPipeline Lumina2Pipeline NucleusMoEImagePipeline OvisImagePipeline QwenImage21Pipeline
+QwenImageControlNetInpaintPipeline QwenImageControlNetPipeline QwenImageEditInpaintPipeline QwenImageEditPipeline
+QwenImageEditPlusPipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline QwenImageLayeredPipeline QwenImagePipeline
+SkyReelsV2ImageToVideoPipeline SkyReelsV2Pipeline WanImageToVideoPipeline WanPipeline WanVACEPipeline
+WanVideoToVideoPipeline
+"""
+
+# By the names of pipeline classes. A pipeline of your own with two halves is one entry more.
+HALVES: dict[str, Halves] = {
+    name: halves
+    for names, halves in (
+        (_UNCONDITIONAL_FIRST, Halves.UNCONDITIONAL_FIRST),
+        (_CONDITIONAL_FIRST, Halves.CONDITIONAL_FIRST),
+        (_CONDITIONAL_CALL_FIRST, Halves.CONDITIONAL_CALL_FIRST),
+    )
+    for name in names.split()
+}
