@@ -30,6 +30,15 @@ from ofadiff.extraction.extracted_model import WIDTHS_KEY, ExtractedModel
 from ofadiff.extraction.reader import load_extracted
 from ofadiff.layers import cut_once
 from ofadiff.pipelines.class_conditional import ClassConditionalDDPMPipeline
+from ofadiff.pipelines.fitting import (
+    Budget,
+    CallCost,
+    FittingSize,
+    Measurements,
+    call_to_measure,
+    largest_that_fits,
+    remembered_cost,
+)
 from ofadiff.pipelines.guidance import check_guidance, guided
 from ofadiff.pipelines.one_size import OneSizePipeline, one_size_pipeline_class
 from ofadiff.pipelines.steps import following
@@ -64,6 +73,7 @@ class OFAPipeline:
     _denoiser_names: tuple[str, ...]
     _stock_class: type[DiffusionPipeline]
     _only_subnets: Mapping[str, SizeTable] | None = None  # of a pipeline that was loaded with one size alone
+    fitted: FittingSize | None = None  # of one that was loaded with size="fit": the size, and why
 
     @classmethod
     def from_pretrained(
@@ -74,16 +84,21 @@ class OFAPipeline:
         Args:
             pretrained_model_name_or_path: A folder, or a hub repository, of a diffusers pipeline whose denoiser is a
                 supernet.
-            size: Load only this size's weights: one of the checkpoint's sizes, `"smallest"` or `"largest"`. The
-                pipeline then has this size alone. By default the whole supernet, set to its largest size.
-            **kwargs: Every other argument as in the pipeline class's own `from_pretrained`.
+            size: Load only this size's weights: one of the checkpoint's sizes, `"smallest"`, `"largest"`, or `"fit"`,
+                the largest one that fits. The pipeline then has this size alone. By default the whole supernet, set to
+                its largest size.
+            **kwargs: Every other argument as in the pipeline class's own `from_pretrained`. With `size="fit"` these
+                as well: `max_memory` (bytes, or a text such as `"6GB"`) and `latency_ms`, what a call of the pipeline
+                may take, by default a GPU's free memory; `call`, its arguments, by default a prompt or a class alone;
+                `device`, where it is measured and stays, by default the GPU if there is one. See `size_for`; what was
+                found out is in the pipeline's `fitted`.
 
         Returns:
             An instance of the checkpoint's own pipeline class that is an `OFAPipeline` too.
 
         Raises:
-            ValueError: If the checkpoint is no OFA checkpoint, has no such size, names a module without the denoiser's
-                class, or an argument cannot work with it.
+            ValueError: If the checkpoint is no OFA checkpoint, has no such size or none that fits, names a module
+                without the denoiser's class, or an argument cannot work with it.
 
         Example:
             >>> OFAPipeline.from_pretrained("my-ofa-checkpoint", size=0.6, torch_dtype=torch.bfloat16)
@@ -94,6 +109,11 @@ class OFAPipeline:
                     f"{argument} is not supported for an OFA checkpoint; extract a size and load that with it"
                 )
         directory = local_folder(pretrained_model_name_or_path, kwargs)
+        if size == "fit":
+            return cls._largest_that_fits(directory, kwargs)
+        for argument in ("latency_ms", "call", "device"):
+            if argument in kwargs:
+                raise ValueError(f"{argument} is given, but size is {size!r}; it is for size='fit'")
         names = find_denoisers(directory)
         _check_denoisers_not_passed(names, kwargs)
         for name in names:
@@ -124,6 +144,47 @@ class OFAPipeline:
                     torch.nn.Module.float(part)
         only = None if size is None else {name: subnets.only(size) for name, subnets in tables.items()}
         return _mix_in_sizes(pipeline, names, only)
+
+    @classmethod
+    def _largest_that_fits(cls, directory: Path, kwargs: dict[str, Any]) -> Any:
+        """Loads sizes, the largest first, until one fits what `from_pretrained` was told."""
+        names = find_denoisers(directory)
+        tables = [SizeTable.from_dict(read_ofa_config(directory / name)) for name in names]
+        latency_ms, memory, call = (kwargs.pop(name, None) for name in ("latency_ms", "max_memory", "call"))
+        device = torch.device(kwargs.pop("device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if latency_ms is None and memory is None and device.type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[0]
+        budget = Budget.of(latency_ms, memory, "max_memory")
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32
+        if kwargs.get("custom_pipeline") is None:  # a call that cannot be is found out before anything is loaded
+            with torch.device("meta"):
+                own: Any = denoiser_class(directory / names[0])
+                denoiser = own.from_config(own.load_config(directory / names[0]))
+            call_to_measure(stock_pipeline_class(directory, denoiser), call)
+        others: dict[str, Any] = {}
+        loaded: dict[float, Any] = {}
+
+        def cost_at(size: float) -> CallCost | None:
+            weights = sum(table.find(size).params for table in tables)
+            if (
+                budget.memory is not None
+                and isinstance(dtype, torch.dtype)
+                and weights * dtype.itemsize > budget.memory
+            ):
+                return None
+            loaded.clear()  # before the next one is there
+            try:
+                pipeline = cls.from_pretrained(directory, size=size, **{**others, **kwargs}).to(device)
+                loaded[size] = pipeline
+                others.update({name: part for name, part in pipeline.components.items() if name not in names})
+                return remembered_cost(pipeline, call_to_measure(pipeline._stock_class, call), Measurements())
+            except torch.OutOfMemoryError:
+                return None
+
+        size = largest_that_fits(tables[0].sizes, cost_at, budget, device)
+        pipeline = loaded[size]
+        pipeline.fitted = size
+        return pipeline
 
     @classmethod
     def from_pipe(cls, pipeline: Any, pipeline_class: type[DiffusionPipeline], **kwargs: Any) -> Any:
@@ -330,6 +391,52 @@ class OFAPipeline:
         if self.supernet is None:
             raise ValueError("the pipeline has one size alone; load it without size= to keep schedules")
         self.supernet.set_schedule(name, schedule)
+
+    def size_for(
+        self,
+        latency_ms: float | None = None,
+        memory: int | str | None = None,
+        call: Mapping[str, Any] | None = None,
+        measure_again: bool = False,
+    ) -> FittingSize:
+        """The largest size with which a call of the pipeline fits a budget, on the device that it is on.
+
+        Sizes are measured from the largest one down until one fits, and what was measured is remembered, in
+        `ofadiff/measured.json` in the cache of Hugging Face's libraries (`HF_HOME`), for the same call, components,
+        device and versions. A call of more than six steps is timed with two and with six, and the others are added.
+
+        Args:
+            latency_ms: Milliseconds that a call may take.
+            memory: What it may take of memory, in bytes or as a text such as `"6GB"`: weights of all components with
+                this size alone, as `from_pretrained(…, size=…)` or `extract` holds it, and the peak on top of them, as
+                PyTorch allocates it; a GPU's own context comes on top.
+            call: Arguments of the pipeline's call, such as the prompt, the resolution and the number of steps; by
+                default a prompt or a class alone.
+            measure_again: Whether to measure what is remembered.
+
+        Returns:
+            The size, a number; its `reason` says in one line what was measured.
+
+        Raises:
+            ValueError: If nothing fits, and what would; if there is no budget, or it cannot be one; or the pipeline
+                cannot be called so.
+
+        Example:
+            >>> size = pipeline.size_for(memory="6GB", call={"prompt": "a red car", "num_inference_steps": 20})
+            >>> pipeline.set_size(size)
+        """
+        budget = Budget.of(latency_ms, memory)
+        arguments = call_to_measure(self._stock_class, call)
+        device = self._execution_device  # type: ignore[attr-defined]
+
+        def cost_at(size: float) -> CallCost | None:
+            pipeline = self if self.supernet is None else self.extract(size)
+            try:
+                return remembered_cost(pipeline, arguments, Measurements(), measure_again)
+            except torch.OutOfMemoryError:
+                return None
+
+        return largest_that_fits(self.sizes, cost_at, budget, device)
 
     def extract(self, size: float | str) -> DiffusionPipeline:
         """A plain diffusers pipeline around the extracted denoiser; it shares the other components.

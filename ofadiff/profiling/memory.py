@@ -1,4 +1,4 @@
-"""Peak memory of one forward."""
+"""Peak memory of one forward, or of a whole call of a pipeline."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,31 @@ def measure_peak_memory(model: nn.Module, inputs: Mapping[str, Any] | None = Non
     """
     inputs = example_inputs(model) if inputs is None else inputs
     device = next(model.parameters()).device
+    given = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, torch.Tensor)]
+    return peak_memory_of(lambda: model(**inputs), [*model.parameters(), *model.buffers(), *given], device)
+
+
+def peak_memory_of(call: Callable[[], Any], tensors: Iterable[torch.Tensor], device: torch.device) -> int:
+    """Peak memory of a call, in bytes: tensors that are there before it, and the most that it holds on top of them.
+
+    Args:
+        call: It is made twice: what stays from the first, such as plans, workspaces and caches, does not count.
+        tensors: What the call needs and does not make, such as weights; each storage counts once.
+        device: Where it computes, the CPU or a CUDA device.
+
+    Raises:
+        ValueError: If the device is neither.
+    """
     if device.type not in PEAKS:
         raise ValueError(f"the model is on {device.type!r}; peak memory is measured on {' and '.join(PEAKS)}")
-    model(**inputs)  # a first forward sets up what stays: plans, workspaces, caches
-    given = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, torch.Tensor)]
-    tensors = [*model.parameters(), *model.buffers(), *given]
+    call()
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(held.values()) + PEAKS[device.type](model, inputs)
+    return sum(held.values()) + PEAKS[device.type](call, device)
 
 
-def _peak_on_cpu(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+def _peak_on_cpu(call: Callable[[], Any], device: torch.device) -> int:
     with _native_messages_off(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(**inputs)
+        call()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
@@ -53,12 +66,11 @@ def _peak_on_cpu(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
-def _peak_on_cuda(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    device = next(model.parameters()).device
+def _peak_on_cuda(call: Callable[[], Any], device: torch.device) -> int:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    model(**inputs)
+    call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
