@@ -3,6 +3,7 @@
 import json
 
 import emoji
+import guidance
 import pytest
 import torch
 from emoji_models import Recipe
@@ -25,7 +26,9 @@ def tiny(monkeypatch):
         validation_samples=4,
     )
     monkeypatch.setitem(emoji.SETTINGS, "cpu", setting)
-    monkeypatch.setattr(emoji, "INFERENCE_STEPS", 2)
+    for benchmark in (emoji, guidance):
+        monkeypatch.setattr(benchmark, "INFERENCE_STEPS", 2)
+        monkeypatch.setattr(benchmark, "read_images", lambda folder, count: torch.rand(count, 3, 16, 16))
     monkeypatch.setattr(emoji, "check_font", lambda font: None)
 
     def write_noise(folder, font, resolution):
@@ -34,7 +37,6 @@ def tiny(monkeypatch):
         return [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
     monkeypatch.setattr(emoji, "write_emoji", write_noise)
-    monkeypatch.setattr(emoji, "read_images", lambda folder, count: torch.rand(count, 3, 16, 16))
     return setting
 
 
@@ -51,6 +53,14 @@ def test_report_has_every_size_beside_the_original_and_the_untrained(tmp_path, t
         assert row.values["fid"] is not None
         assert row.values["clip_score"] is not None
     assert (tmp_path / "run" / "samples.png").exists()
+    few = {"tuning_samples": 3, "num_samples": 6, "batch_size": 6, "timed_images": 1}
+    guided = guidance.compare(emoji=str(tmp_path / "run"), scales=(2.0, 3.0), autoguidance_scales=(1.5,), **few)
+    assert [(row["kind"], row["guidance_size"]) for row in guided] == [
+        *(("halves", size) for size in (1.0, 0.6)),
+        ("autoguidance", 0.6),
+        ("none", 1.0),
+    ]
+    assert all(row["fid"] is not None and row["ratio"] > 0 for row in guided)
 
 
 def test_folder_of_another_run_stays_as_it_is(tmp_path):

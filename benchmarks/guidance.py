@@ -1,0 +1,142 @@
+"""Guidance with a small size on the emoji text-to-image model: quality and time, each with a scale of its own.
+
+    python benchmarks/emoji.py --output_dir emoji
+    python benchmarks/guidance.py --emoji emoji
+
+samples the largest size with its unconditional half at every size, and with autoguidance by every smaller size. Every
+row's scale is the one with the lowest FID on images of other seeds than those that are judged. Times are of one call
+each, taken in turns; MACs are those of the denoiser's forwards.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from cyclopts import Parameter
+from emoji import EXTRACTOR, INFERENCE_STEPS, read_images
+from emoji_models import ImageTower
+from transformers import CLIPModel
+
+from ofadiff import OFAPipeline, evaluate
+from ofadiff.commands.command import main, script
+from ofadiff.evaluation import register_extractor
+from ofadiff.profiling.timing import seconds_of
+from ofadiff.values import COUNT
+
+JUDGING, TUNING = 0, 100_000  # first seeds
+ROUNDS = 5
+Calls = dict[str, Any]
+
+
+def compare(
+    *,
+    emoji: str,
+    scales: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (1.5, 2.0, 3.0, 4.0, 6.0),
+    autoguidance_scales: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (1.25, 1.5, 2.0, 3.0),
+    tuning_samples: Annotated[int, COUNT] = 200,
+    num_samples: Annotated[int, COUNT] = 400,
+    batch_size: Annotated[int, COUNT] = 100,
+    timed_images: Annotated[int, COUNT] = 4,
+    threads: Annotated[int, COUNT] = 1,
+) -> list[dict[str, Any]]:
+    """Compare guidance by every size.
+
+    Args:
+        emoji: Folder of `benchmarks/emoji.py`.
+        scales: Of classifier-free guidance, to choose from.
+        autoguidance_scales: Of autoguidance.
+        tuning_samples: Images that a scale is chosen by.
+        num_samples: Images that are judged.
+        batch_size: Images a call.
+        timed_images: Images of the call that is timed.
+        threads: Of PyTorch.
+    """
+    torch.set_num_threads(threads)
+    folder = Path(emoji)
+    captions = [json.loads(line)["text"] for line in (folder / "emoji" / "metadata.jsonl").read_text().splitlines()]
+    reference = (read_images(folder / "emoji", len(captions)) * 255).round().to(torch.uint8)
+    register_extractor(EXTRACTOR, ImageTower(CLIPModel.from_pretrained(folder / "clip")))
+    pipeline = OFAPipeline.from_pretrained(folder / "ofa")
+    pipeline.set_progress_bar_config(disable=True)
+    *smaller, largest = pipeline.sizes
+
+    def measured(calls: Calls, samples: int, seed: int) -> dict[str, float]:
+        stride = len(captions) / samples
+        report = evaluate(
+            pipeline,
+            reference=reference,
+            sizes=(largest,),
+            metrics=("fid", "clip_score"),
+            num_samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            num_inference_steps=INFERENCE_STEPS,
+            arguments={"prompt": [captions[int(index * stride)] for index in range(samples)]},
+            call_arguments=calls,
+            extractor=EXTRACTOR,
+            clip_model=folder / "clip",
+        )
+        (row,) = report.rows
+        return {name: row.values[name] for name in ("fid", "clip_score")}
+
+    rows: list[dict[str, Any]] = []
+    for size in (largest, *reversed(smaller)):
+        rows.append({"kind": "halves", "guidance_size": size, "trials": {}})
+        rows[-1]["calls"] = [{"guidance_size": size, "guidance_scale": scale} for scale in scales]
+    for size in reversed(smaller):
+        rows.append({"kind": "autoguidance", "guidance_size": size, "trials": {}})
+        told = {"guidance_size": size, "guidance_scale": 1.0}
+        rows[-1]["calls"] = [{**told, "autoguidance_scale": scale} for scale in autoguidance_scales]
+    rows.append({"kind": "none", "guidance_size": largest, "calls": [{"guidance_scale": 1.0}], "trials": {}})
+    macs = {subnet.size: subnet.macs / pipeline.subnets.full_macs for subnet in pipeline.subnets}
+    for row in rows:
+        for number, calls in enumerate(row["calls"]):
+            row["trials"][number] = measured(calls, tuning_samples, TUNING)["fid"] if len(row["calls"]) > 1 else 0
+        row["call"] = row["calls"][min(row["trials"], key=row["trials"].get)]
+        row |= measured(row["call"], num_samples, JUDGING)
+        row["macs"] = macs[largest] + (0 if row["kind"] == "none" else macs[row["guidance_size"]])
+        print(json.dumps({key: row[key] for key in ("kind", "call", "trials", "fid", "clip_score")}), flush=True)
+    time_calls(pipeline, rows, captions[:timed_images])
+    print("\n" + table(rows))
+    return rows
+
+
+def time_calls(pipeline: Any, rows: Sequence[dict[str, Any]], prompts: list[str]) -> None:
+    """Gives each row its seconds, and their ratio to those of the first."""
+    times: list[list[float]] = [[] for _ in rows]
+    for _ in range(ROUNDS):
+        for row, seconds in zip(rows, times, strict=True):
+            call = {"prompt": prompts, "num_inference_steps": INFERENCE_STEPS, **row["call"]}
+            seconds.append(seconds_of(lambda call=call: pipeline(**call), pipeline.device))
+    for row, seconds in zip(rows, times, strict=True):
+        row["seconds"] = statistics.median(seconds)
+        row["ratio"] = statistics.median(one / first for one, first in zip(seconds, times[0], strict=True))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A row for each kind of guidance and size."""
+    lines = [
+        f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+        "",
+        "| guidance | its size | scale | FID | CLIP score | MACs of a step | time of a call | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    names = {"halves": "unconditional half", "autoguidance": "autoguidance", "none": "none"}
+    for row in rows:
+        scale = row["call"].get("autoguidance_scale", row["call"]["guidance_scale"])
+        size = "–" if row["kind"] == "none" else f"{row['guidance_size']:g}"
+        lines.append(
+            f"| {names[row['kind']]} | {size} | {scale:g} | {row['fid']:.2f} | {row['clip_score']:.3f} | "
+            f"{row['macs']:.2f} | {row['seconds']:.2f} s | {row['ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(script(compare, __file__))
