@@ -112,7 +112,8 @@ class CallCost:
         return in_time and (budget.memory is None or self.memory <= budget.memory)
 
     def __str__(self) -> str:
-        return f"{self.latency_ms:.4g} ms and {in_words(self.memory)}"
+        milliseconds = math.ceil(self.latency_ms * 100) / 100
+        return f"{milliseconds if milliseconds < 100 else math.ceil(milliseconds)} ms and {in_words(self.memory)}"
 
 
 def in_words(size: float) -> str:
