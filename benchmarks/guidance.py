@@ -66,41 +66,43 @@ def compare(
     pipeline.set_progress_bar_config(disable=True)
     *smaller, largest = pipeline.sizes
 
-    def measured(calls: Calls, samples: int, seed: int) -> dict[str, float]:
+    def measured(calls: dict[str, Calls], samples: int, seed: int) -> dict[str, dict[str, Any]]:
         stride = len(captions) / samples
         report = evaluate(
             pipeline,
             reference=reference,
-            sizes=(largest,),
+            sizes=(smaller[0],),
+            variants=calls,
             metrics=("fid", "clip_score"),
             num_samples=samples,
             batch_size=batch_size,
             seed=seed,
             num_inference_steps=INFERENCE_STEPS,
             arguments={"prompt": [captions[int(index * stride)] for index in range(samples)]},
-            call_arguments=calls,
             extractor=EXTRACTOR,
             clip_model=folder / "clip",
         )
-        (row,) = report.rows
-        return {name: row.values[name] for name in ("fid", "clip_score")}
+        return {row.label: row.values for row in report.rows}
 
     rows: list[dict[str, Any]] = []
     for size in (largest, *reversed(smaller)):
-        rows.append({"kind": "halves", "guidance_size": size, "trials": {}})
+        rows.append({"kind": "halves", "guidance_size": size})
         rows[-1]["calls"] = [{"guidance_size": size, "guidance_scale": scale} for scale in scales]
     for size in reversed(smaller):
-        rows.append({"kind": "autoguidance", "guidance_size": size, "trials": {}})
+        rows.append({"kind": "autoguidance", "guidance_size": size})
         told = {"guidance_size": size, "guidance_scale": 1.0}
         rows[-1]["calls"] = [{**told, "autoguidance_scale": scale} for scale in autoguidance_scales]
-    rows.append({"kind": "none", "guidance_size": largest, "calls": [{"guidance_scale": 1.0}], "trials": {}})
+    rows.append({"kind": "none", "guidance_size": largest, "calls": [{"guidance_scale": 1.0}]})
     macs = {subnet.size: subnet.macs / pipeline.subnets.full_macs for subnet in pipeline.subnets}
-    for row in rows:
-        for number, calls in enumerate(row["calls"]):
-            row["trials"][number] = measured(calls, tuning_samples, TUNING)["fid"] if len(row["calls"]) > 1 else 0
-        row["call"] = row["calls"][min(row["trials"], key=row["trials"].get)]
-        row |= measured(row["call"], num_samples, JUDGING)
+    named = {f"{number}.{trial}": call for number, row in enumerate(rows) for trial, call in enumerate(row["calls"])}
+    tuned = measured(named, tuning_samples, TUNING)
+    for number, row in enumerate(rows):
+        row["trials"] = [tuned[f"{number}.{trial}"]["fid"] for trial, _ in enumerate(row["calls"])]
+        row["call"] = row["calls"][row["trials"].index(min(row["trials"]))]
         row["macs"] = macs[largest] + (0 if row["kind"] == "none" else macs[row["guidance_size"]])
+    judged = measured({str(number): row["call"] for number, row in enumerate(rows)}, num_samples, JUDGING)
+    for number, row in enumerate(rows):
+        row |= {name: judged[str(number)][name] for name in ("fid", "clip_score")}
         print(json.dumps({key: row[key] for key in ("kind", "call", "trials", "fid", "clip_score")}), flush=True)
     time_calls(pipeline, rows, captions[:timed_images])
     print("\n" + table(rows))

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from cyclopts import Group, Parameter
@@ -26,7 +26,7 @@ from ofadiff.evaluation.metrics.extractors import find_extractor
 from ofadiff.evaluation.metrics.precision_recall import NEIGHBORHOOD
 from ofadiff.evaluation.preparation import check_fid_seeds, missing_reference, read_statistics
 from ofadiff.evaluation.saved_images import PROTOCOL_NAME
-from ofadiff.pipelines.calls import read_located_calls
+from ofadiff.pipelines.calls import parsed_value, read_located_calls
 from ofadiff.recordings.folder import Recordings, read_description
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import read_ofa_config
@@ -56,6 +56,9 @@ class Measured(Bundle):
     """more OFA checkpoints or pipelines as NAME=DIR, each a group of rows with this name"""
     sizes: tuple[float, ...] | None = None
     """sizes of the checkpoint; all by default"""
+    variants: tuple[str, ...] = ()
+    """more rows, each of calls of the supernet itself: NAME:ARGUMENT=VALUE,… as in fast:size=fast for a kept schedule,
+    or guided:guidance_size=0.4,guidance_scale=3"""
     metrics: Annotated[tuple[str, ...] | None, one_of(METRICS)] = None
     """macs, latency, memory, fid, kid, mind, precision, recall, clip_score, psnr, ssim, answer_error; all that can be
     had from what is given, by default"""
@@ -158,6 +161,7 @@ def evaluate_checkpoint(
     checkpoint = pipeline_folder(measured.checkpoint)
     teacher_folder = None if measured.teacher is None else pipeline_folder(measured.teacher)
     folders = compared(measured.compare)
+    variants = variants_of(measured.variants)
     check(measured, checkpoint, reference, samples, files)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
     if measured.metrics is None and reference.reference_statistics is not None:
@@ -181,6 +185,7 @@ def evaluate_checkpoint(
         metrics=measured.metrics,
         accelerator=accelerator,
         settings=evaluation_settings(reference, samples, files, command_line(measured, reference, samples, files)),
+        variants=variants,
     )
     if accelerator.is_main_process:
         report.write(files.output_dir)
@@ -234,6 +239,18 @@ def compared(given: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--compare {each} is not NAME=FOLDER, with a name of its own")
         folders[name] = pipeline_folder(folder)
     return folders
+
+
+def variants_of(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the calls of more rows take, by the names of these rows."""
+    variants: dict[str, dict[str, Any]] = {}
+    for each in given:
+        name, _, words = each.partition(":")
+        pairs = [word.partition("=") for word in words.split(",")]
+        if not name or name in variants or not all(argument and value for argument, _, value in pairs):
+            raise ValueError(f"--variants {each} is not NAME:ARGUMENT=VALUE,…, with a name of its own")
+        variants[name] = {argument.strip(): parsed_value(value) for argument, _, value in pairs}
+    return variants
 
 
 def check(

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from ofadiff.denoisers.pipelines import denoiser_of
-from ofadiff.evaluation.report.rows import JOINT, TEACHER, Row
+from ofadiff.evaluation.report.rows import JOINT, TEACHER, VARIANTS, Row
 from ofadiff.pipelines import OFAPipeline
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row to fill, the pipeline that its model comes from, and what that calls its denoiser."""
+    """A row to fill.
+
+    Attributes:
+        row: The row.
+        source: The pipeline that its model comes from.
+        component: What that calls its denoiser.
+        added: What a call takes that others do not.
+    """
 
     row: Row
     source: DiffusionPipeline
     component: str
+    added: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -38,8 +46,9 @@ def list_candidates(
     teacher: DiffusionPipeline | None,
     compare: Mapping[str, DiffusionPipeline],
     sizes: Sequence[float] | None,
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Candidate]:
-    """The teacher, the sizes from the largest down, then those of every other pipeline.
+    """The teacher, the sizes from the largest down, the variants, then the sizes of every other pipeline.
 
     Raises:
         ValueError: If a pipeline has no such size or no denoiser, samples with another scheduler, or has a name that
@@ -49,11 +58,17 @@ def list_candidates(
     candidates = [] if teacher is None else [Candidate(Row(TEACHER, TEACHER), teacher, component)]
     for size in _choose_sizes(pipeline, sizes):
         candidates.append(Candidate(_row(JOINT, size), pipeline, component))
+    for name, added in (variants or {}).items():
+        if not isinstance(pipeline, OFAPipeline) or pipeline.supernet is None:
+            raise ValueError(f"variants has {name!r}, but the pipeline has no sizes to call it with")
+        if not re.fullmatch(r"\w[\w .-]*", name):
+            raise ValueError(f"{name!r} cannot be the name of a variant; take letters, digits, spaces and ._-")
+        candidates.append(Candidate(Row(name, VARIANTS), pipeline, component, {"size": pipeline.size, **added}))
     for name, other in compare.items():
-        if name in (JOINT, TEACHER) or not re.fullmatch(r"\w[\w .-]*", name):
+        if name in (JOINT, TEACHER, VARIANTS) or not re.fullmatch(r"\w[\w .-]*", name):
             raise ValueError(
                 f"{name!r} cannot be the name of a pipeline to compare with; take letters, digits, spaces and ._-, but "
-                f"not {JOINT!r} or {TEACHER!r}"
+                f"not {JOINT!r}, {TEACHER!r} or {VARIANTS!r}"
             )
         own_sizes = sizes if isinstance(other, OFAPipeline) else None
         candidates += [Candidate(_row(name, size), other, component) for size in _choose_sizes(other, own_sizes)]

@@ -74,7 +74,8 @@ def evaluate(
         **changes: Fields of the settings, such as `num_samples`.
 
     Returns:
-        The report, the teacher first, then the sizes from the largest down, then what they are compared with.
+        The report, the teacher first, then the sizes from the largest down, then the variants, then what they are
+        compared with.
 
     Raises:
         ImportError: If torch-fidelity, scikit-image or transformers is needed and not installed.
@@ -96,7 +97,7 @@ def evaluate(
     settings = replace(EvaluationSettings() if settings is None else settings, **changes)
     processes = Processes(accelerator)
     statistics = read_statistics(reference)
-    candidates = list_candidates(pipeline, teacher, compare or {}, sizes)
+    candidates = list_candidates(pipeline, teacher, compare or {}, sizes, settings.variants)
     missing = missing_reference(reference is not None, statistics) | missing_needs(candidates, settings)
     names = choose_metrics(metrics, missing)
     sampling = sampling_of(pipeline, settings)
@@ -195,7 +196,7 @@ class _Evaluation:
         if self.sampled:
             for number, (sampling, store) in enumerate(zip(self.samplings, stores, strict=True)):
                 what = f"Sampling {candidate.name}" + (f" from seed {sampling.seed}" if number else "")
-                draw_share(stand_alone, sampling, share, store, show, what, name=row.name)
+                draw_share(stand_alone, sampling, share, store, show, what, candidate.added, row.name)
         images, *others = (Subset(store, share.indices) for store in stores)  # type: ignore[arg-type]
         denoiser = stand_alone.components[candidate.component]
         subject = Subject(
@@ -218,11 +219,15 @@ class _Evaluation:
             prc_neighborhood=settings.prc_neighborhood,
         )
         row.values["params"] = count_parameters(denoiser)
-        if self.budget is not None:
+        row.values.update({} if self.budget is None else {"reached": None})
+        if self.budget is not None and not candidate.added:
             spent, full = self.budget
             row.values["reached"] = spent(denoiser) / full
         with evaluation_mode(stand_alone):
             for name in self.names:
+                if candidate.added and "images" not in METRICS[name].needs:
+                    row.values.update(dict.fromkeys(METRICS[name].columns))
+                    continue
                 if "images" in METRICS[name].needs or processes.is_main:
                     row.values.update(METRICS[name].measure(subject))
         row.values = processes.broadcast(row.values)

@@ -13,11 +13,16 @@ from torch import nn
 from ofadiff.denoisers.pipelines import denoiser_of
 from ofadiff.evaluation.sampling import Sampling, call_parameters
 from ofadiff.pipelines.calls import described
+from ofadiff.size_schedule import SizeSchedule
 from ofadiff.storage.digest import digest_of_weights
 
 
 def image_protocol(
-    pipeline: DiffusionPipeline, sampling: Sampling, resolution: str, digests: dict[nn.Module, str]
+    pipeline: DiffusionPipeline,
+    sampling: Sampling,
+    resolution: str,
+    digests: dict[nn.Module, str],
+    added: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that the images of a pipeline depend on, by name; image i is that of the i-th seed.
 
@@ -26,6 +31,7 @@ def image_protocol(
         sampling: How.
         resolution: Resolution of the images, such as `"64x64"`.
         digests: Digests of components other than denoisers, which sizes share; gets those that are new.
+        added: What the calls of these images take beside all else; a kept schedule's name stands for its sizes.
 
     Raises:
         ValueError: If the arguments per image cannot be written as JSON.
@@ -47,11 +53,17 @@ def image_protocol(
         **call_protocol(pipeline, sampling.call_arguments),
         **{name: _digest_of_values(name, list(values)) for name, values in sampling.arguments.items()},
         **({} if sampling.calls is None else {"calls": _digest_of_values("calls", described(sampling.calls))}),
+        **{f"variant's {name}": described(_sizes_of(pipeline, value)) for name, value in added.items()},
         "first seed": sampling.seed,
         "scheduler": type(scheduler).__name__,
         **{f"scheduler's {name}": value for name, value in settings.items()},
     }
     return json.loads(json.dumps(protocol, default=str))  # as it comes back from the file
+
+
+def _sizes_of(pipeline: Any, value: Any) -> Any:
+    schedule = pipeline.schedules.get(value, value) if isinstance(value, str) else value
+    return list(schedule) if isinstance(schedule, SizeSchedule) else value
 
 
 def call_protocol(pipeline: DiffusionPipeline, call_arguments: Mapping[str, Any]) -> dict[str, Any]:

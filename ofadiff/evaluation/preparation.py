@@ -137,7 +137,7 @@ def try_all(candidates: Sequence[Candidate], sampling: Sampling) -> list[torch.T
     for candidate in candidates:
         stand_alone = candidate.load()
         with evaluation_mode(stand_alone):
-            images.append(trial.draw_frames(stand_alone, [0], name=candidate.row.name))
+            images.append(trial.draw_frames(stand_alone, [0], candidate.added, candidate.row.name))
         if images[-1].shape != images[0].shape:
             shapes = [shape_in_words(image) for image in images]
             raise ValueError(
@@ -173,7 +173,7 @@ def open_stores(
     begun: list[tuple[SavedImages, dict[str, Any]]] = []
     digests: dict[nn.Module, str] = {}
     for candidate in candidates:
-        protocol = image_protocol(candidate.load(), samplings[0], resolution, digests)
+        protocol = image_protocol(candidate.load(), samplings[0], resolution, digests, candidate.added)
         saved = [SavedImages(each / candidate.name) for each in folders]
         stores[candidate.name] = [*saved]
         seeds = [{"first seed": sampling.seed} for sampling in samplings]
@@ -191,8 +191,10 @@ def open_stores(
 
 
 def denoisers_of(candidates: Sequence[Candidate]) -> Iterator[tuple[str, nn.Module]]:
-    """The stand-alone denoiser of each, in eval mode, one after the other."""
+    """The stand-alone denoiser of each that has one, in eval mode, one after the other."""
     for candidate in candidates:
+        if candidate.added:
+            continue
         stand_alone = candidate.load()
         with evaluation_mode(stand_alone):
             yield candidate.name, stand_alone.components[candidate.component]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,11 @@ def distance_protocol(settings: EvaluationSettings, made: Made) -> dict[str, str
     return protocol
 
 
+def in_words(added: Mapping[str, Any]) -> str:
+    """Arguments of a call as they are written in one."""
+    return ", ".join(f"{name}={value!r}" for name, value in added.items())
+
+
 def report_protocol(
     pipeline: DiffusionPipeline,
     sampling: Sampling,
@@ -100,6 +105,7 @@ def report_protocol(
         "calls": None if sampling.calls is None else min(made.count, len(sampling.calls)),
         "recordings": None if recordings is None else f"{len(recordings)} calls of the {component}",
         **(call_protocol(pipeline, sampling.call_arguments) if sampling.calls is None else {}),
+        **{f"variant {name}": in_words(added) for name, added in (settings.variants or {}).items()},
         "prompts": min(made.count, len(sampling.arguments["prompt"])) if "prompt" in sampling.arguments else None,
         "seeds": f"{settings.seed} to {settings.seed + made.count - 1}, one per image" if made.resolution else None,
         **distance_protocol(settings, made),

@@ -20,6 +20,7 @@ from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
 from ofadiff.pipelines.calls import check_calls, opened, without_bar
+from ofadiff.size_schedule import SizeSchedule
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -39,7 +40,7 @@ def generate(
     pipeline: DiffusionPipeline,
     num_samples: int,
     *,
-    size: float | str | None = None,
+    size: float | str | SizeSchedule | None = None,
     batch_size: int = 64,
     seed: int = 0,
     num_inference_steps: int = 50,
@@ -55,7 +56,7 @@ def generate(
     Args:
         pipeline: Any diffusers pipeline of images.
         num_samples: Images to sample, N.
-        size: For an `OFAPipeline`: the size to sample at, by default the one that it is set to.
+        size: For an `OFAPipeline`: the size to sample at, or a schedule, by default the one that it is set to.
         batch_size: Images per call of the pipeline.
         seed: Seed of the first image; every image has a generator of its own.
         num_inference_steps: Denoising steps.
@@ -86,7 +87,7 @@ def generate(
     sampling.check(pipeline)
     images: dict[int, torch.Tensor] = {}
     share = Share(num_samples, batch_size, Processes())
-    draw_share(pipeline, sampling, share, images, progress, description, size)
+    draw_share(pipeline, sampling, share, images, progress, description, {} if size is None else {"size": size})
     return torch.stack([images[index] for index in share.indices])
 
 
@@ -144,7 +145,7 @@ class Sampling:
         self,
         pipeline: DiffusionPipeline,
         indices: Sequence[int],
-        size: float | str | None = None,
+        added: Mapping[str, Any] | None = None,
         name: str | None = None,
     ) -> torch.Tensor:
         """These images, in one call: uint8 `(len(indices), F, 3, H, W)`, where F is 1 but for videos.
@@ -154,7 +155,7 @@ class Sampling:
         Args:
             pipeline: What draws.
             indices: Indices of the images.
-            size: As in `generate`.
+            added: What its call takes beside all else, such as a size.
             name: What to call the model in an error.
 
         Raises:
@@ -163,16 +164,16 @@ class Sampling:
         """
         condition = self.condition(indices) or {"batch_size": len(indices)}
         before = _global_random_states(pipeline.device)
-        name = name or _name_of(pipeline, size)
-        at_size = {} if size is None else {"size": size}
+        added = added or {}
+        name = name or _name_of(pipeline, added.get("size"))
         with finite_outputs(pipeline, denoiser_of(pipeline), name, indices):
             if self.calls is not None:
-                images = same_shapes([self._call(pipeline, index, at_size) for index in indices])
+                images = same_shapes([self._call(pipeline, index, added) for index in indices])
             else:
                 output = pipeline(
                     **condition,
                     **self.call_arguments,
-                    **at_size,
+                    **added,
                     generator=[torch.Generator().manual_seed(self.seed + i) for i in indices],
                     num_inference_steps=self.num_inference_steps,
                     output_type="pt",
@@ -189,7 +190,7 @@ class Sampling:
             )
         return _to_uint8(images.flatten(0, 1)).unflatten(0, (len(indices), -1))
 
-    def _call(self, pipeline: DiffusionPipeline, index: int, at_size: Mapping[str, Any]) -> torch.Tensor:
+    def _call(self, pipeline: DiffusionPipeline, index: int, added: Mapping[str, Any]) -> torch.Tensor:
         """Frames of one call, `(F, C, H, W)` in [0, 1], as its user would make it."""
         assert self.calls is not None
         own = {
@@ -199,7 +200,7 @@ class Sampling:
         }
         known = {name: value for name, value in own.items() if name in call_parameters(pipeline)}
         call = opened(self.calls[index % len(self.calls)])
-        return frames_of(pipeline(**{**known, **call}, **at_size), type(pipeline).__name__)
+        return frames_of(pipeline(**{**known, **call, **added}), type(pipeline).__name__)
 
 
 def draw_share(
@@ -209,7 +210,7 @@ def draw_share(
     images: SavedImages | dict[int, torch.Tensor],
     progress: bool = False,
     description: str = "Sampling",
-    size: float | str | None = None,
+    added: Mapping[str, Any] | None = None,
     name: str | None = None,
 ) -> None:
     """Draws the images of a share that are not there yet.
@@ -221,16 +222,18 @@ def draw_share(
         for batch in share.batches:
             absent = [index for index in batch if index not in images]
             if absent:
-                drawn = [in_a_row(frames) for frames in sampling.draw_frames(pipeline, batch, size, name)]
+                drawn = [in_a_row(frames) for frames in sampling.draw_frames(pipeline, batch, added, name)]
                 for index in absent:
                     images[index] = drawn[index - batch[0]]
             bar.update(len(batch))
 
 
-def _name_of(pipeline: DiffusionPipeline, size: float | str | None) -> str:
+def _name_of(pipeline: DiffusionPipeline, size: float | str | SizeSchedule | None) -> str:
     """What to call a pipeline's model: the size that it samples at, where it has sizes."""
     if not isinstance(pipeline, OFAPipeline):
         return f"this {type(pipeline).__name__}"
+    if isinstance(size, SizeSchedule) or size in pipeline.schedules:
+        return f"the schedule {size!r}"
     return f"size {pipeline.subnets.find(pipeline.size if size is None else size).size:g}"
 
 

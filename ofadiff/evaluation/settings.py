@@ -25,6 +25,9 @@ class EvaluationSettings:
         call_arguments: What the call takes once, for all images, such as `{"guidance_scale": 7.5}`.
         calls: In place of `arguments`: calls of the pipeline as `ofadiff.record` takes them, used in turn, one image or
             video each; for pipelines of any class.
+        variants: More rows of an `OFAPipeline` by their names, each sampled from the supernet itself: what its call
+            takes beside all else, such as `{"fast": {"size": "fast"}, "guided": {"guidance_size": 0.4}}`. They have no
+            costs: those are of one forward.
         recordings: Recordings of the original's denoiser: costs are measured on their first call, and answers compared.
             Without calls nothing is sampled of a pipeline that cannot do without arguments.
         extractor: Features for FID, KID, MIND, precision and recall: `"inception"`, `"dinov2"`, another of
@@ -55,6 +58,7 @@ class EvaluationSettings:
     arguments: Mapping[str, Sequence[Any]] | None = None
     call_arguments: Mapping[str, Any] | None = None
     calls: Sequence[str | Mapping[str, Any]] | None = None
+    variants: Mapping[str, Mapping[str, Any]] | None = None
     recordings: Recordings | None = None
     extractor: str = "inception"
     fid_seeds: int = 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ofadiff.evaluation.report.results import Results
-from ofadiff.evaluation.report.rows import JOINT, Column, Row
+from ofadiff.evaluation.report.rows import JOINT, VARIANTS, Column, Row
 
 # A panel whose values span more than this factor gets a logarithmic axis.
 LOG_SPAN = 6
@@ -81,6 +81,8 @@ def _draw_panel(axes: Any, report: Results, name: str, column: Column, palette: 
     baselines = iter(palette.baselines * len(report.series))
     heights = []
     for series, rows in report.series.items():
+        if series == VARIANTS:  # more than one size has no place on the axis
+            continue
         points = _points(rows, name)
         heights += [y for _, y in points]
         own = series == JOINT

@@ -13,6 +13,9 @@ TEACHER = "teacher"
 # The name of the series that a report is about; others are baselines.
 JOINT = "OFA"
 
+# That of calls of the supernet itself, with a schedule of sizes or a size for guidance.
+VARIANTS = "all sizes"
+
 # Units by kind of value, from the largest down; a column takes the largest that its largest value reaches.
 UNITS: dict[str, list[tuple[float, str]]] = {
     "number": [(1, "")],
