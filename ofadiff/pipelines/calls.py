@@ -90,7 +90,7 @@ def check_calls(
     if isinstance(calls, (str, Mapping)):
         raise ValueError(f"calls is one {type(calls).__name__}; give a list of prompts, or of dicts of arguments")
     if not calls:
-        raise ValueError("there is no call to record")
+        raise ValueError("there is no call; give at least one")
     signature = inspect.signature(pipeline_class.__call__)
     return [
         _checked(pipeline_class, signature, call, shared or {}, Path(folder), f"call {number}")
