@@ -22,7 +22,7 @@ from ofadiff.pipelines.ofa_pipeline import OFAPipeline
 from ofadiff.pipelines.steps import step_reader
 from ofadiff.size_schedule import SizeSchedule
 
-UNITS = ("macs", "latency")
+UNITS = ("macs", "latency", "evaluations")
 
 # Steps on either side with which a step's measured error is averaged, to be solved for beside the error as it is: few
 # images say little about a single early step.
@@ -75,18 +75,20 @@ def find_schedule(
     Args:
         pipeline: With the scheduler that the schedule is for.
         calls: Prompts, or dicts of arguments of the pipeline's own call; some eight or more.
-        budget: What a forward may cost on average, as a share of the largest size's, in (0, 1].
+        budget: What a forward may cost on average, as a share of the largest size's, in (0, 1]; of `"evaluations"` how
+            many forwards of the largest size a call may cost.
         num_inference_steps: Steps of every call; by default the pipeline's own number, or that of `arguments`.
-        unit: Of the cost: `"macs"`, or `"latency"` as measured in the calls on this machine.
+        unit: Of the cost: `"macs"`, `"latency"` as measured in the calls on this machine, or `"evaluations"`, the
+            number of forwards of the largest size that have as many MACs together.
         arguments: Arguments of all calls that do not have their own.
         seed: Of the noise.
         progress: Show a bar.
 
     Returns:
-        The schedule. Its `measured` has `cost`, as a share of the largest size's; `distance`, the mean squared distance
-        of its images to the largest size's, on other noise than it was found with; `constant_distance`, that of a
-        constant size of the same cost (between two sizes, interpolated in the logarithm); `ratio`, the one by the
-        other; and `constants`, cost and distance of every size.
+        The schedule. Its `measured` has `cost`, as a share of the largest size's, and the same in `evaluations`;
+        `distance`, the mean squared distance of its images to the largest size's, on other noise than it was found
+        with; `constant_distance`, that of a constant size of the same cost (between two sizes, interpolated in the
+        logarithm); `ratio`, the one by the other; and `constants`, cost and distance of every size.
 
     Raises:
         ValueError: If the budget is less than the smallest size costs, a call or the unit cannot be, the pipeline has
@@ -99,8 +101,10 @@ def find_schedule(
         >>> images = pipeline(size="fast", num_inference_steps=3).images
     """
     if unit not in UNITS:
-        raise ValueError(f"unit is {unit!r}; it must be 'macs' or 'latency'")
-    if not 0 < budget <= 1:
+        raise ValueError(f"unit is {unit!r}; it must be 'macs', 'latency' or 'evaluations'")
+    if unit == "evaluations" and not (budget > 0 and math.isfinite(budget)):
+        raise ValueError(f"budget is {budget}; it must be a number of evaluations above 0")
+    if unit != "evaluations" and not 0 < budget <= 1:
         raise ValueError(f"budget is {budget}; it must be above 0 and at most 1, a share of the largest size's cost")
     if not pipeline.supernets or len(pipeline.sizes) < 2:
         raise ValueError("the pipeline has one size alone, of which there is no schedule; load it without size=")
@@ -116,6 +120,11 @@ def find_schedule(
     with without_bar(pipeline), bar:
         sizes = pipeline.sizes
         steps = search.measure_steps(unit)
+        asked, made = budget, sum(steps.forwards)
+        if unit == "evaluations":
+            if budget > made:
+                raise ValueError(f"budget is {budget:g} evaluations, and a call has {made}; give at most that")
+            budget = budget / made
         _check_budget(steps.costs, budget)
         bar.total = (len(steps.visited) * (len(sizes) - 1) + 8 + 2 * len(sizes)) * len(checked)
         errors = {
@@ -126,7 +135,9 @@ def find_schedule(
         candidates = list(_candidates(errors, steps, budget))
         best = min(candidates, key=search.distance)
         found = _judge(search.with_other_noise(), best, steps)
-    return SizeSchedule(best, {"unit": unit, "budget": budget, "steps": steps.count, "calls": len(checked), **found})
+        found["evaluations"] = found["cost"] * made
+    told = {"unit": unit, "budget": asked, "steps": steps.count, "calls": len(checked)}
+    return SizeSchedule(best, {**told, **found})
 
 
 def _shares_of_macs(pipeline: OFAPipeline) -> dict[float, float]:
@@ -195,7 +206,7 @@ class _Search:
         if not seen.steps:
             raise ValueError(f"the {type(pipeline).__name__} never called its denoiser, so it has no steps")
         forwards = [seen.steps.count(step) for step in range(seen.count)]
-        costs = _shares_of_macs(pipeline) if unit == "macs" else self._latencies()
+        costs = self._latencies() if unit == "latency" else _shares_of_macs(pipeline)
         return _Steps(seen.count, forwards, costs)
 
     def _latencies(self) -> dict[float, float]:

@@ -122,6 +122,14 @@ def test_a_latency_is_a_budget_too(pipeline):
     assert schedule.measured["cost"] <= 1 and set(schedule) <= set(SIZES)
 
 
+def test_evaluations_are_a_budget_too(pipeline):
+    by_share, by_count = search(pipeline, 0.85), search(pipeline, 0.85 * 5, unit="evaluations")
+    assert [*by_share] == [*by_count] and by_count.measured["budget"] == 0.85 * 5
+    assert by_count.measured["evaluations"] == pytest.approx(5 * by_share.measured["cost"])
+    with pytest.raises(ValueError, match=r"budget is 6 evaluations, and a call has 5; give at most that"):
+        search(pipeline, 6, unit="evaluations")
+
+
 def test_steps_that_image_to_image_leaves_out_cost_nothing(tmp_path):
     base = load(make_checkpoint(tmp_path / "sd"))
     made = OFAPipeline.from_pipe(base, StableDiffusionImg2ImgPipeline)
@@ -148,6 +156,7 @@ def test_bad_input_is_one_sentence_before_anything_is_sampled(pipeline, folder, 
         (0, {}, "budget is 0; it must be above 0"),
         (1.2, {}, r"budget is 1\.2"),
         (0.1, {}, r"budget is 0\.1, and the cheapest size, 0\.6, costs"),
+        (0, {"unit": "evaluations"}, "budget is 0; it must be a number of evaluations above 0"),
         (0.8, {"unit": "watts"}, "unit is 'watts'"),
         (0.8, {"arguments": {"prompt": "a"}}, "'prompt', which DDPMPipeline does not take"),
     ]:
