@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ofadiff.channels import Kept, active_part
 
@@ -16,6 +17,13 @@ INT8 = "Int8Tensor"
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Whether a parameter is a tensor of torchao's."""
     return type(tensor).__module__.partition(".")[0] == "torchao"
+
+
+def check_not_quantized(model: nn.Module, what: str) -> None:
+    """Raises ValueError if torchao has quantized weights of a model, naming what is to be done before that."""
+    name = next((name for name, parameter in model.named_parameters() if is_quantized(parameter)), None)
+    if name is not None:
+        raise ValueError(f"the model's {name} is quantized, a {type(model.get_parameter(name)).__name__}; {what}")
 
 
 def active_parameter(tensor: torch.Tensor, parameter: str, kept: Kept) -> torch.Tensor:
@@ -57,7 +65,7 @@ def _check_can_be_cut(tensor: Any) -> None:
     if not by_row:
         scales = f" with scales of shape {tuple(tensor.scale.shape)}" if type(tensor).__name__ == INT8 else ""
         raise ValueError(
-            f"a weight of shape {tuple(tensor.shape)} is quantized to a {type(tensor).__name__}{scales}; the sizes of a "
-            f"supernet follow {INT8} with one scale per row, as Int8WeightOnlyConfig() makes it; quantize extract(size) "
-            "instead"
+            f"a weight of shape {tuple(tensor.shape)} is quantized to a {type(tensor).__name__}{scales}; the sizes of "
+            f"a supernet follow an {INT8} with one scale per row, as Int8WeightOnlyConfig() makes it; for another, "
+            "quantize extract(size)"
         )

@@ -23,7 +23,7 @@ from ofadiff.diffusers_hooks import empty_caches
 from ofadiff.extraction.extracted_model import ExtractedModel
 from ofadiff.extraction.subnet import extract
 from ofadiff.layers import ELASTIC, is_adaptable, make_elastic
-from ofadiff.quantized import active_parameter
+from ofadiff.quantized import active_parameter, check_not_quantized
 from ofadiff.size_schedule import SizeSchedule, check_schedule
 from ofadiff.sizes import SizeTable, Subnet
 from ofadiff.storage.ofa_config import load_model, read_ofa_config, read_schedules
@@ -302,11 +302,12 @@ class Supernet:
             A copy in eval mode, on the model's device, in its dtype and memory format (channels_last or not).
 
         Raises:
-            ValueError: If there is no such size, or LoRAs are loaded or projections fused; the size's own adapter is
-                merged.
+            ValueError: If there is no such size, LoRAs are loaded, projections fused or weights quantized; the size's
+                own adapter is merged.
         """
         subnet = self.subnets.find(size)
         self._state.check_not_fused()
+        check_not_quantized(self.model, "extract a size before quantizing, or load it with size=, and quantize that")
         if is_adapted(self.model):
             raise ValueError("the model has adapters; fuse_lora() if they shall stay, and unload_lora_weights() first")
         small = extract(self.model, self.groups, subnet.widths, self.basis)

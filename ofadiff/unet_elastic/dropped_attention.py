@@ -74,7 +74,7 @@ def droppable(resize: Resize, stock: type[nn.Module]) -> Resize:
 
 def _resize(attn: nn.Module, group: ChannelGroup, units: int, resize: Resize, stock: type[nn.Module]) -> None:
     if not units and type(attn) is stock:
-        attn.__class__ = _droppable_class(stock)  # type: ignore[assignment]
+        attn.__class__ = _droppable_class(stock)  # type: ignore[arg-type]
     if isinstance(attn, DroppableAttention):
         attn.dropped = not units
     if units:
