@@ -50,6 +50,8 @@ def _int8_part(tensor: Any, kept: Kept) -> torch.Tensor:
     parts = {name: active_part(getattr(tensor, name), "bias", unscaled) for name in names}
     parts["scale"] = active_part(tensor.scale, "bias", kept)
     parts["qdata"] = active_part(tensor.qdata, "weight", unscaled).contiguous()
+    if 0 in parts["qdata"].shape:  # torchao multiplies nothing by it
+        return parts["qdata"].to(tensor.dtype)
     part = type(tensor).__tensor_unflatten__(parts, context, None, None)
     part.block_size = [1, part.shape[1]]
     return part

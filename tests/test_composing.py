@@ -7,12 +7,18 @@ import accelerate
 import diffusers
 import pytest
 import torch
-from conftest import output, relative_error
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, TextKVCacheConfig, hooks
+from conftest import make_dropping_supernet, make_unet, output, random_inputs, relative_error
+from diffusers import (
+    DiffusionPipeline,
+    PyramidAttentionBroadcastConfig,
+    StableDiffusionPipeline,
+    TextKVCacheConfig,
+    TorchAoConfig,
+    hooks,
+)
 from diffusers.hooks import mag_cache
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from recipes import tiny_text_to_image
 from recordings import tiny_pipelines as recorded
 from tiny_pipelines import make_checkpoint
 from tiny_stable_diffusion import make_unet as make_sd_unet
@@ -20,6 +26,8 @@ from tiny_transformers import tiny, tiny_inputs
 from torchao import quantization
 
 from ofadiff import OFAPipeline, SizeSchedule, Supernet, allocate, find_channel_groups, score_channels
+from ofadiff.layers import cut_once
+from recipes import tiny_text_to_image
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +41,8 @@ LINES = [[cell.strip() for cell in line.split("|")[1:-1]] for line in TABLE.spli
 ROWS = {what: (how.strip("`"), sizes, size) for what, how, sizes, size, *_ in LINES}
 
 SMALL, LARGE = 0.6, 1.0
-STEPS = 6
+STEPS = 6  # of caches
+FEWER = {"LCM-LoRA": 4, "DeepCache": 4}  # 2 of any other line
 
 # Packages whose names the lines use, and for which no pipeline is needed.
 PACKAGES = {"DeepCache": "DeepCache", "token merging": "tomesd"}
@@ -55,7 +64,6 @@ EXACT = {
     "VAE tiling and slicing",  # images this small are one tile
 }
 ROUNDING = {"layerwise casting": 2e-2, "int8 weights": 1e-2, "int8 weights and activations": 2e-2}
-STEPS_OF = {"LCM-LoRA": {"num_inference_steps": 4}}
 CALLS = {
     "flux": {"prompt": "a b", "height": 32, "width": 32, "max_sequence_length": 16},
     "wan": recorded.CALLS["wan"][0],
@@ -161,7 +169,7 @@ def test_at_every_size_the_supernet_gives_what_the_extracted_model_gives(what, f
     if what == "text keys and values":
         pytest.skip("tested on the denoiser alone, below")
     kind = KINDS.get(what, "sd")
-    call = {"num_inference_steps": 4} if what == "LCM-LoRA" else {}
+    call = {} if what in CACHES else {"num_inference_steps": FEWER.get(what, 2)}
     pipeline = load(kind, folders, monkeypatch)
     small, large = (pipeline.extract(size) for size in (SMALL, LARGE))
     before = sample(large, kind, **call)
@@ -202,9 +210,11 @@ def test_magcache_forgets_what_another_size_computed_and_counts_on(folders, monk
     seen = []
 
     def look(pipe, step, timestep, tensors):
-        (state,) = pipe.transformer.transformer_blocks[0]._diffusers_hook.hooks[
-            "mag_cache_leader_block_hook"
-        ].state_manager._state_cache.values()
+        (state,) = (
+            pipe.transformer.transformer_blocks[0]
+            ._diffusers_hook.hooks["mag_cache_leader_block_hook"]
+            .state_manager._state_cache.values()
+        )
         if step == 2:
             pipe.set_size(SMALL)
             assert state.previous_residual is None
@@ -240,3 +250,69 @@ def test_weights_that_are_cast_or_moved_are_not_held_in_a_call(folders, monkeypa
         assert pipeline._weights_stay((), {})
         run(what, pipeline)
         assert not pipeline._weights_stay((), {})
+
+
+def test_what_cannot_go_together_says_so(folders, monkeypatch):
+    pipeline = load("sd", folders, monkeypatch)
+    small = pipeline.extract(SMALL)
+    for each in (pipeline, small):
+        with pytest.raises(ValueError, match="tensor parallelism gives every process the same number of heads"):
+            run("tensor parallelism", each)
+        run("float8 weights", each)
+    assert sample(small, "sd", num_inference_steps=1).isfinite().all()
+    assert sample(pipeline, "sd", num_inference_steps=1, size=LARGE).isfinite().all()
+    with pytest.raises(
+        ValueError, match="is quantized to a Float8Tensor; the sizes of a supernet follow an Int8Tensor"
+    ):
+        sample(pipeline, "sd", num_inference_steps=1, size=SMALL)
+    assert {row for row, cells in ROWS.items() if "error" in cells[1:]} == {"float8 weights", "tensor parallelism"}
+
+
+@pytest.mark.parametrize("name", ["sd15", "DiTTransformer2DModel"])
+def test_int8_weights_of_a_supernet_are_as_close_as_those_of_a_size(name):
+    model = make_unet(name) if name == "sd15" else tiny(name)
+    inputs = random_inputs(model)
+    supernet = make_dropping_supernet(model, (0.6, 0.8, LARGE))
+    assert 0 in supernet.subnets[0].widths.values()
+    smaller = {size: supernet.extract(size) for size in supernet.sizes}
+    exact = {size: output(small, inputs) for size, small in smaller.items()}
+    for each in (model, *smaller.values()):
+        exec(ROWS["int8 weights"][0], {"denoiser": each, **vars(quantization)})
+    for size in (*supernet.sizes, supernet.sizes[0]):
+        with supernet.at(size), cut_once():
+            found, again = output(model, inputs), output(model, inputs)
+        expected = output(smaller[size], inputs)
+        assert torch.equal(found, again)
+        assert relative_error(found, expected) < 2e-2
+        assert 0 < relative_error(found, exact[size]) < 1.5 * relative_error(expected, exact[size])
+    assert torch.equal(output(model, inputs), output(smaller[LARGE], inputs))  # nothing is cut there
+
+
+def test_a_quantized_model_is_saved_by_diffusers_way_alone(tmp_path):
+    supernet = make_dropping_supernet(tiny("DiTTransformer2DModel"), (0.6, LARGE))
+    inputs = tiny_inputs("DiTTransformer2DModel")
+    small = supernet.extract(0.6)
+    small.save_pretrained(tmp_path / "small")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    loaded = type(small).from_pretrained(tmp_path / "small", quantization_config=config, torch_dtype=torch.float32)
+    loaded.save_pretrained(tmp_path / "quantized")
+    again = type(small).from_pretrained(tmp_path / "quantized", torch_dtype=torch.float32)
+    assert 0 < relative_error(output(loaded, inputs), output(small, inputs)) < 2e-2
+    assert (
+        torch.equal(output(again, inputs), output(loaded, inputs)) and again.ofa_basis.keys() == small.ofa_basis.keys()
+    )
+    for model in (supernet.model, small):
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        with pytest.raises(ValueError, match=r"is quantized, a Int8Tensor; save the .* before quantizing it"):
+            model.save_pretrained(tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    with pytest.raises(ValueError, match="extract a size before quantizing"):
+        supernet.extract(0.6)
+
+
+def test_a_hook_on_an_attention_that_a_size_may_drop_comes_after_the_supernet():
+    model = tiny("FluxTransformer2DModel")
+    options = {"spatial_attention_block_skip_range": 2, "current_timestep_callback": lambda: 500}
+    model.enable_cache(PyramidAttentionBroadcastConfig(**options))
+    with pytest.raises(ValueError, match=r"attn has a hook in place of its forward \(a cache"):
+        make_dropping_supernet(model, (0.6, LARGE))
