@@ -252,6 +252,17 @@ def test_weights_that_are_cast_or_moved_are_not_held_in_a_call(folders, monkeypa
         assert not pipeline._weights_stay((), {})
 
 
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_weights_may_lie_on_the_disk_between_forwards(kind, folders, monkeypatch, tmp_path):
+    pipeline = load("sd", folders, monkeypatch)
+    expected = {size: sample(pipeline, "sd", size=size, num_inference_steps=2) for size in (SMALL, LARGE)}
+    place = {"offload_to_disk_path": str(tmp_path), "onload_device": torch.device("cpu"), "num_blocks_per_group": 1}
+    pipeline.unet.enable_group_offload(offload_type=kind, **place)
+    assert [*tmp_path.iterdir()]
+    for size in (SMALL, LARGE):
+        assert torch.equal(sample(pipeline, "sd", size=size, num_inference_steps=2), expected[size])
+
+
 def test_what_cannot_go_together_says_so(folders, monkeypatch):
     pipeline = load("sd", folders, monkeypatch)
     small = pipeline.extract(SMALL)

@@ -231,5 +231,7 @@ def groups_of(stock: type[ModelMixin], config: Any, widths: Mapping[str, int]) -
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the list of values that diffusers leaves to the defaults: positional arguments are in it."""
-    return {name: value for name, value in config.items() if name != "_use_default_values"}
+    """The stock model's config, without the list of values that diffusers leaves to the defaults: positional arguments
+    are in it.
+    """
+    return {name: value for name, value in config.items() if name not in ("_use_default_values", WIDTHS_KEY)}
