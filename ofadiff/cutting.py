@@ -28,7 +28,7 @@ def make_model_elastic(model: nn.Module, groups: Sequence[ChannelGroup]) -> None
     """Gives every layer that some group cuts its elastic class, in place.
 
     Raises:
-        ValueError: If the model has elastic layers, adapters or offloading hooks already; nothing is changed then.
+        ValueError: If the model has elastic layers, adapters or hooks already; nothing is changed then.
         TypeError: If there is no elastic class for a layer's type; nothing is changed then.
     """
     elastic = tuple(ELASTIC.values())
@@ -40,6 +40,9 @@ def make_model_elastic(model: nn.Module, groups: Sequence[ChannelGroup]) -> None
     layers = {name: model.get_submodule(name) for name in slices_by_module(groups)}
     for name, layer in layers.items():
         check_can_be_elastic(layer, name)
+    for group in groups:
+        if group.droppable and group.resize is not None:
+            check_has_no_hook(model.get_submodule(group.block), group.block)
     for name, layer in layers.items():
         make_elastic(layer, name)
 
@@ -47,9 +50,16 @@ def make_model_elastic(model: nn.Module, groups: Sequence[ChannelGroup]) -> None
 def check_can_be_elastic(layer: nn.Module, name: str) -> None:
     """Raises TypeError if there is no elastic class for a layer's type, ValueError if the layer has a hook already."""
     check_elastic_type(layer, name)
-    if "forward" in vars(layer):
-        # The hook would go on calling the stock layer's forward, at full size.
-        raise ValueError(f"{name} has a hook in place of its forward (offloading, casting); add it after the Supernet")
+    check_has_no_hook(layer, name)
+
+
+def check_has_no_hook(module: nn.Module, name: str) -> None:
+    """Raises ValueError if a hook stands in the place of a module's forward."""
+    if "forward" in vars(module):
+        # The hook would go on calling the stock class's forward, at full size.
+        raise ValueError(
+            f"{name} has a hook in place of its forward (a cache, offloading, casting); add it after the Supernet"
+        )
 
 
 def kept_by_module(groups: Sequence[ChannelGroup], widths: dict[str, int]) -> dict[str, Kept]:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ofadiff.channels import Kept, active_part
+from ofadiff.quantized import active_parameter, storage_of
 
 
 class LowRankUpdate(nn.Module):
@@ -319,7 +320,7 @@ def _active(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def _written(layer: nn.Module) -> list[tuple[int, int]]:
     """Where a layer's parameters lie, and how often each was written to."""
-    parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
+    parameters = [storage_of(parameter) for parameter in layer._parameters.values() if parameter is not None]
     try:
         return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
     except RuntimeError:  # inference tensors do not count
@@ -327,7 +328,7 @@ def _written(layer: nn.Module) -> list[tuple[int, int]]:
 
 
 def _cut(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    weight = None if layer.weight is None else active_part(layer.weight, "weight", layer.kept)
+    weight = None if layer.weight is None else active_parameter(layer.weight, "weight", layer.kept)
     bias = None if layer.bias is None else active_part(layer.bias, "bias", layer.kept)
     return weight, bias
 

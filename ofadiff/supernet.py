@@ -17,11 +17,13 @@ from ofadiff.adapters.loaded import is_adapted
 from ofadiff.adapters.size_adapter import SizeAdapter, load_size_adapters
 from ofadiff.basis.change import PERMUTATION, compact, load_basis
 from ofadiff.basis.rotation import check_not_rotated
-from ofadiff.channels import ChannelGroup, active_part, check_scores, check_widths
+from ofadiff.channels import ChannelGroup, check_scores, check_widths
 from ofadiff.cutting import check_can_be_elastic, kept_by_module, make_model_elastic, permute_units
+from ofadiff.diffusers_hooks import empty_caches
 from ofadiff.extraction.extracted_model import ExtractedModel
 from ofadiff.extraction.subnet import extract
 from ofadiff.layers import ELASTIC, is_adaptable, make_elastic
+from ofadiff.quantized import active_parameter, check_not_quantized
 from ofadiff.size_schedule import SizeSchedule, check_schedule
 from ofadiff.sizes import SizeTable, Subnet
 from ofadiff.storage.ofa_config import load_model, read_ofa_config, read_schedules
@@ -155,12 +157,17 @@ class Supernet:
     def set_size(self, size: float | str) -> None:
         """Sets the model to a size: one of `sizes`, `"smallest"` or `"largest"`; its adapter, if any, comes with it.
 
-        A thread that uses the model, in a pipeline's call or in an `at` block, is waited for.
+        A thread that uses the model, in a pipeline's call or in an `at` block, is waited for. What diffusers' caches
+        (`enable_cache`) hold of another size is forgotten.
 
         Raises:
             ValueError: If there is no such size; lists those there are. The model then stays as it was.
         """
-        self._state.set_size(size)
+        with self._state.lock:
+            before = self.size
+            self._state.set_size(size)
+            if self.size != before:
+                empty_caches([self.model, *self._state.modules])
 
     def set_size_adapter(self, size: float | str, adapter: SizeAdapter | None) -> None:
         """Gives a size the LoRA that was trained on it, in place of the one it had; None takes that one away.
@@ -211,7 +218,7 @@ class Supernet:
                 check_can_be_elastic(layer, name)
             if layer.weight.is_meta:
                 raise ValueError("the model's weights are offloaded; set the size's adapter before offloading")
-            shape = tuple(active_part(layer.weight, "weight", kept.get(name, ())).shape)
+            shape = tuple(active_parameter(layer.weight, "weight", kept.get(name, ())).shape)
             if update.shape != shape:
                 raise ValueError(
                     f"the adapter's {name} is for a weight of shape {update.shape}; at size {subnet.size:g} it has "
@@ -266,8 +273,14 @@ class Supernet:
         Raises:
             ValueError: If there is no such size.
         """
-        with self._state.at(size):
-            yield self.model
+        self.subnets.find(size)
+        with self._state.lock:
+            before = self.size
+            self.set_size(size)
+            try:
+                yield self.model
+            finally:
+                self.set_size(before)
 
     @contextmanager
     def used_at(self, size: float | str | None) -> Iterator[None]:
@@ -276,7 +289,7 @@ class Supernet:
             with self._state.lock:
                 yield
         else:
-            with self._state.at(size):
+            with self.at(size):
                 yield
 
     @contextmanager
@@ -310,11 +323,12 @@ class Supernet:
             A copy in eval mode, on the model's device, in its dtype and memory format (channels_last or not).
 
         Raises:
-            ValueError: If there is no such size, or LoRAs are loaded or projections fused; the size's own adapter is
-                merged.
+            ValueError: If there is no such size, LoRAs are loaded, projections fused or weights quantized; the size's
+                own adapter is merged.
         """
         subnet = self.subnets.find(size)
         self._state.check_not_fused()
+        check_not_quantized(self.model, "extract a size before quantizing, or load it with size=, and quantize that")
         if is_adapted(self.model):
             raise ValueError("the model has adapters; fuse_lora() if they shall stay, and unload_lora_weights() first")
         small = extract(self.model, self.groups, subnet.widths, self.basis)

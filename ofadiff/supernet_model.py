@@ -15,9 +15,10 @@ from torch import nn
 
 from ofadiff.adapters.loaded import check_is_lora, is_adapted, loaded_adapters, without_offloading
 from ofadiff.basis.change import BASIS_NAME
+from ofadiff.quantized import check_not_quantized
 from ofadiff.sizes import CONFIG_NAME
 from ofadiff.stand_ins.equality import SupernetType, stock_class
-from ofadiff.stand_ins.refusals import refusals
+from ofadiff.stand_ins.refusals import check_not_tensor_parallel, refusals
 from ofadiff.storage.files import add_to_safetensors, read_metadata, written_aside
 from ofadiff.storage.hub import upload
 from ofadiff.storage.ofa_config import ADAPTERS_NAME
@@ -84,8 +85,8 @@ class SupernetModel:
         stay, weights of another variant if they belong to the same supernet.
 
         Raises:
-            ValueError: If the target is a file, adapters are loaded, weights are offloaded, or the format is not
-                safetensors.
+            ValueError: If the target is a file, adapters are loaded, weights are offloaded or quantized, or the format
+                is not safetensors.
         """
         if self.ofa_state is None:
             options = {"use_flashpack": True} if use_flashpack else {}
@@ -108,6 +109,15 @@ class SupernetModel:
         if push_to_hub:
             upload(self, Path(save_directory).name, variant, kwargs)
 
+    def enable_parallelism(self, *, config: Any, **kwargs: Any) -> None:
+        """As in the stock class, for context parallelism.
+
+        Raises:
+            ValueError: If it is tensor parallelism.
+        """
+        check_not_tensor_parallel(config)
+        super().enable_parallelism(config=config, **kwargs)  # type: ignore[misc]
+
     def check_can_be_saved(self, save_directory: str | Path) -> None:
         """Raises ValueError where saving would write something else than this supernet."""
         if Path(save_directory).is_file():
@@ -118,6 +128,7 @@ class SupernetModel:
             raise ValueError("the model has adapters; unload_lora_weights() before saving the supernet")
         if any(parameter.is_meta for parameter in self.parameters()):  # type: ignore[attr-defined]
             raise ValueError("the model's weights are offloaded; remove_all_hooks() before saving the supernet")
+        check_not_quantized(self, "save the supernet before quantizing it")  # type: ignore[arg-type]
 
     def _stays(self, entry: Path) -> bool:
         """Whether an entry of a folder that this supernet replaces comes along."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,7 @@ class SupernetState:
         size_adapters: LoRAs of single sizes.
         schedules: Sizes over the steps of an image, by their names.
         sides: For every adapter of the original that follows the sizes its layers, see `adopt_adapter`.
+        modules: What is inside the model; diffusers may put hooks on any of it.
         size: Size that the model is set to.
         answer: What a call of the model does in place of a forward; it is told the forward and its arguments.
         lock: Held while a size is set for some calls, and during every forward.
@@ -78,10 +78,13 @@ class SupernetState:
         self.lock = SizeLock()
         self._blocks = [(model.get_submodule(group.block), group) for group in groups if group.resize is not None]
         self.look_up_layers(model)
-        self.set_size("largest")
+        # Each size once: an attention that one of them drops gets its class here, before a hook takes its forward.
+        for subnet in subnets:
+            self.set_size(subnet.size)
 
     def look_up_layers(self, model: ModelMixin) -> None:
-        """Everything that a switch sets, so that a switch only assigns."""
+        """Everything that a switch sets or looks at, so that a switch only assigns."""
+        self.modules = [module for module in model.modules() if module is not model]
         adapted = {name for adapter in self.size_adapters.values() for name in adapter.updates}
         self._layers = {}
         for subnet in self.subnets:
@@ -94,7 +97,7 @@ class SupernetState:
             ]
 
     def set_size(self, size: float | str) -> None:
-        """Sets the model to a size. Waits for a thread that uses the model.
+        """Sets the layers and blocks to a size; `Supernet.set_size` empties caches too.
 
         Raises:
             ValueError: If there is no such size; the model then stays as it was.
@@ -111,22 +114,6 @@ class SupernetState:
             for block, group in self._blocks:
                 group.resize(block, group, subnet.widths[group.name])  # type: ignore[misc]
             self.size = subnet.size
-
-    @contextmanager
-    def at(self, size: float | str) -> Iterator[None]:
-        """A block in which the model is this thread's and has a size; the size from before returns.
-
-        Raises:
-            ValueError: If there is no such size.
-        """
-        self.subnets.find(size)
-        with self.lock:
-            before = self.size
-            self.set_size(size)
-            try:
-                yield
-            finally:
-                self.set_size(before)
 
     def check_not_fused(self) -> None:
         """Raises ValueError if projections of an attention were fused: what they make does not follow the sizes."""

@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 # The rooms, each of which may import from those before it. What stands in one line may not import from each other.
 ORDER = [
-    {"options", "old_paths", "dtypes", "values"},
+    {"options", "old_paths", "dtypes", "values", "diffusers_hooks"},
     {"channels", "sizes"},
-    {"size_schedule", "layers", "basis"},
+    {"size_schedule", "quantized", "basis"},
+    {"layers"},
     {"storage", "cutting"},
     {"recordings"},
     {"verification"},

@@ -24,9 +24,10 @@ from ofadiff.basis.change import BASIS_NAME
 from ofadiff.channels import ChannelGroup, check_widths
 from ofadiff.cutting import shrink_model
 from ofadiff.extraction.basis_of_files import BASIS_PREFIX, read_basis
+from ofadiff.quantized import check_not_quantized
 from ofadiff.sizes import CONFIG_NAME
 from ofadiff.stand_ins.equality import StandIn, stock_class
-from ofadiff.stand_ins.refusals import refusals
+from ofadiff.stand_ins.refusals import check_not_tensor_parallel, refusals
 from ofadiff.storage.files import add_to_safetensors, weight_files
 from ofadiff.storage.hub import upload
 from ofadiff.storage.model_classes import model_class
@@ -67,13 +68,20 @@ class ExtractedModel:
         """As in the stock class; a file of the weights holds the basis too, so that wherever they go it goes along.
 
         Raises:
-            ValueError: If the folder holds a supernet, which this would destroy, or the format is not safetensors.
+            ValueError: If the folder holds a supernet, which this would destroy, the format is not safetensors, or the
+                weights were quantized past diffusers.
         """
         folder = Path(save_directory)
         if (folder / CONFIG_NAME).exists():
             raise ValueError(f"{folder} holds a supernet; save the extracted model in another folder")
         if not safe_serialization:
             raise ValueError("safe_serialization=False: an extracted model is saved as safetensors only")
+        if vars(self).get("hf_quantizer") is None:  # diffusers gives it to a model that it has quantized itself
+            check_not_quantized(
+                self,  # type: ignore[arg-type]
+                "save the model before quantizing it, or load it with quantization_config=TorchAoConfig(…), as which "
+                "diffusers can save it",
+            )
         super().save_pretrained(  # type: ignore[misc]
             folder, is_main_process, save_function, variant=variant, max_shard_size=max_shard_size, **kwargs
         )
@@ -84,6 +92,15 @@ class ExtractedModel:
             add_to_safetensors(last, {}, {f"{BASIS_PREFIX}{name}": tensor for name, tensor in self.ofa_basis.items()})
         if push_to_hub:
             upload(self, folder.name, variant, kwargs)
+
+    def enable_parallelism(self, *, config: Any, **kwargs: Any) -> None:
+        """As in the stock class, for context parallelism.
+
+        Raises:
+            ValueError: If it is tensor parallelism.
+        """
+        check_not_tensor_parallel(config)
+        super().enable_parallelism(config=config, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -214,5 +231,7 @@ def groups_of(stock: type[ModelMixin], config: Any, widths: Mapping[str, int]) -
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the list of values that diffusers leaves to the defaults: positional arguments are in it."""
-    return {name: value for name, value in config.items() if name != "_use_default_values"}
+    """The stock model's config, without the list of values that diffusers leaves to the defaults: positional arguments
+    are in it.
+    """
+    return {name: value for name, value in config.items() if name not in ("_use_default_values", WIDTHS_KEY)}

@@ -26,6 +26,7 @@ from diffusers import (
 from diffusers.utils import DummyObject
 
 from ofadiff.denoisers.pipelines import check_found_by_diffusers, class_count
+from ofadiff.diffusers_hooks import moves_weights
 from ofadiff.extraction.extracted_model import WIDTHS_KEY, ExtractedModel
 from ofadiff.extraction.reader import load_extracted
 from ofadiff.layers import cut_once
@@ -302,8 +303,9 @@ class OFAPipeline:
     def _weights_stay(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether no weight of the denoiser can change, or leave the device, during a call with these arguments.
 
-        An offloaded denoiser is to leave the device between its forwards, and its parts with it; and only code of
-        libraries is known not to touch weights: no callback, hook or component of the user's may run.
+        An offloaded denoiser is to leave the device between its forwards, and its parts with it; one that is stored in
+        another dtype is to take no more memory than that; and only code of libraries is known not to touch weights: no
+        callback, hook or component of the user's may run.
         """
         denoisers = [unwrapped(self.components[name]) for name in self._denoiser_names]  # type: ignore[attr-defined]
         if any(denoiser.device != self._execution_device for denoiser in denoisers):  # type: ignore[attr-defined]
@@ -311,6 +313,8 @@ class OFAPipeline:
         code = [value for value in (*args, *kwargs.values()) if callable(value)]
         parts = [*self.components.values()]  # type: ignore[attr-defined]
         for module in itertools.chain.from_iterable(denoiser.modules() for denoiser in denoisers):
+            if moves_weights(module):
+                return False
             parts += [module, vars(module).get("processor")]
             code += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         code += [self._stock_class, *{type(part) for part in parts if part is not None}]

@@ -29,3 +29,13 @@ def _refusal(method: Callable[..., Any], reason: str, unless: Callable[[Any], bo
         return method(self, *args, **kwargs)
 
     return refuse
+
+
+def check_not_tensor_parallel(config: Any) -> None:
+    """Raises ValueError if what diffusers' `enable_parallelism` is given asks for tensor parallelism."""
+    values = vars(config)
+    if type(config).__name__ == "TensorParallelConfig" or values.get("tensor_parallel_config") is not None:
+        raise ValueError(
+            "tensor parallelism gives every process the same number of heads and neurons, which sizes do not have; use "
+            "context parallelism"
+        )

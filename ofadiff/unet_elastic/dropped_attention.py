@@ -15,15 +15,21 @@ from ofadiff.channels import ChannelGroup, Resize
 OUTPUT, TEXT_OUTPUT = ("to_out", "out_layer"), "to_add_out"
 
 
-class DroppedAttention(nn.Module):
-    """What a dropped attention puts before its stock class: a forward for which no channel is left.
+class DroppableAttention(nn.Module):
+    """What an attention that a size does without puts before its stock class: a forward for when no channel is left.
 
-    It asks no processor, so that the attention stays dropped whichever one is set.
+    It asks no processor, so that the attention stays dropped whichever one is set. The class stays when the channels
+    come back: a hook keeps the forward that it found.
     """
 
     stock: type[nn.Module]
+    dropped = False
 
-    def forward(
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the stock class, unless the attention is dropped."""
+        return self._without_channels(*args, **kwargs) if self.dropped else super().forward(*args, **kwargs)
+
+    def _without_channels(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Returns what the stock class would if its output projections read zeros; of joint ones the text's part too.
@@ -67,15 +73,18 @@ def droppable(resize: Resize, stock: type[nn.Module]) -> Resize:
 
 
 def _resize(attn: nn.Module, group: ChannelGroup, units: int, resize: Resize, stock: type[nn.Module]) -> None:
-    attn.__class__ = stock if units else _dropped_class(stock)  # type: ignore[arg-type]
+    if not units and type(attn) is stock:
+        attn.__class__ = _droppable_class(stock)  # type: ignore[arg-type]
+    if isinstance(attn, DroppableAttention):
+        attn.dropped = not units
     if units:
         resize(attn, group, units)
 
 
 @functools.cache
-def _dropped_class(stock: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Dropped{stock.__name__}", (DroppedAttention, stock), {"__module__": __name__, "stock": stock})
+def _droppable_class(stock: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Droppable{stock.__name__}", (DroppableAttention, stock), {"__module__": __name__, "stock": stock})
 
 
 def _new(stock: type[nn.Module]) -> nn.Module:
-    return object.__new__(_dropped_class(stock))  # type: ignore[arg-type]
+    return object.__new__(_droppable_class(stock))  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """The benchmarks of speed run from end to end and judge what they measure; how fast anything is, no test says."""
 
+import composing
 import elastic_overhead
 import importance
 import latency
@@ -16,6 +17,15 @@ pytestmark = pytest.mark.slow
 
 # A part of every row that the benchmark has to have.
 ROWS = {
+    composing: (
+        "First Block Cache (the last attention ran in 3 of 3 steps), supernet: with, without",
+        "FasterCache",
+        "SeaCache",
+        "text keys and values",
+        "layerwise casting, supernet",
+        "int8 weights, extracted",
+        "LCM-LoRA, supernet",
+    ),
     importance: ("time of 2 samples", "peak memory", "largest relative difference"),
     elastic_overhead: tuple(
         f"{what} at {size}"
@@ -34,6 +44,7 @@ ROWS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")  # diffusers' FasterCache
 @pytest.mark.parametrize("benchmark", ROWS, ids=lambda benchmark: benchmark.__name__)
 def test_benchmark_compares_all_that_it_should_and_finds_equal_results(benchmark, capsys):
     assert main(benchmark.compare, benchmark.__doc__, ["--device", "cpu", "--quick"]) == 0
