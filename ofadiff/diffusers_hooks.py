@@ -25,6 +25,11 @@ def moves_weights(module: nn.Module) -> bool:
     return any(isinstance(hook, (GroupOffloadingHook, LayerwiseCastingHook)) for hook in hooks_of(module))
 
 
+def are_cached(modules: Iterable[nn.Module]) -> bool:
+    """Whether a hook on any module remembers earlier steps."""
+    return any(hook._is_stateful for module in modules for hook in hooks_of(module))
+
+
 def empty_caches(modules: Iterable[nn.Module]) -> None:
     """Makes caches, of `enable_cache` or of diffusers' `apply_` functions, forget what earlier steps computed.
 

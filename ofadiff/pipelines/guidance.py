@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
+from ofadiff.diffusers_hooks import are_cached
 from ofadiff.pipelines.guidance_table import HALVES, Halves
 from ofadiff.pipelines.halves import Arguments, are_twins, combined, halves_of, in_halves, same, shapes, together
 from ofadiff.pipelines.steps import step_reader
@@ -243,7 +244,8 @@ def guided(
         autoguidance_scale: w of autoguidance; by default the halves of classifier-free guidance are told apart.
 
     Raises:
-        ValueError: If a denoiser was replaced by what `torch.compile` returns, or a schedule cannot be followed; in a
+        ValueError: If a denoiser was replaced by what `torch.compile` returns, caches earlier steps, or a schedule
+            cannot be followed; in a
             forward, and at the end of the block, if there is no classifier-free guidance.
     """
     steady = len({*size}) == len({*guidance_size}) == 1
@@ -256,6 +258,11 @@ def guided(
                     f"place, pipeline.{name}.compile()"
                 )
             supernet = Supernet.of(denoiser)
+            if are_cached(supernet.model.modules()):
+                raise ValueError(
+                    f"the {name} has a cache of earlier steps, and with guidance_size no two forwards in a row are of "
+                    f"one size, so there is nothing to reuse; call pipeline.{name}.disable_cache()"
+                )
             told = supernet, name, size, guidance_size, None if steady else step_reader(pipeline, name)
             if autoguidance_scale is not None:
                 kinds.append(Autoguidance(autoguidance_scale, *told))

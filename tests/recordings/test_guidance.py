@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig
+from diffusers.hooks import apply_first_block_cache
 from recordings.tiny_pipelines import CALLS, COMPONENT
 
 from ofadiff import OFAPipeline, Supernet, allocate, find_channel_groups, score_channels
@@ -69,6 +70,13 @@ def tensors(value):
     found = []
     map_tensors(lambda tensor: found.append(tensor.clone()), value)
     return found
+
+
+def test_a_cache_of_earlier_steps_is_refused(saved):
+    pipeline = with_sizes(saved("qwen_image"), "qwen_image")
+    apply_first_block_cache(pipeline.transformer, FirstBlockCacheConfig())
+    with pytest.raises(ValueError, match=r"the transformer has a cache .* pipeline\.transformer\.disable_cache\(\)"):
+        pipeline("a", size=LARGE, guidance_size=SMALL)
 
 
 @pytest.mark.parametrize("kind", KINDS)
