@@ -35,7 +35,7 @@ ORDER = [
     {"architectures", "data", "reweight"},
     {"training", "pipelines"},
     {"evaluation"},
-    {"runs"},
+    {"page", "runs"},
     {"commands"},
     {"", "__main__"},
 ]
@@ -114,7 +114,7 @@ def test_recipes_are_short():
 
 # What follows finds some packages not installed.
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({missing!r})); "
-EXTRAS = {"datasets", "transformers", "peft", "matplotlib", "torch_fidelity", "skimage", "jinja2", "sklearn"}
+EXTRAS = {"datasets", "transformers", "peft", "matplotlib", "torch_fidelity", "skimage", "jinja2", "sklearn", "gradio"}
 
 
 @pytest.mark.slow
