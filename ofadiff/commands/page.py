@@ -15,7 +15,7 @@ from ofadiff.evaluation.checkpoints import open_pipeline, pipeline_folder
 from ofadiff.page.blocks import check_gradio, make_page
 from ofadiff.page.form import Form
 from ofadiff.page.playground import Playground
-from ofadiff.page.server import check_address, serve
+from ofadiff.page.server import check_address, serve, until_interrupted
 from ofadiff.storage.pipeline_folder import check_no_code, find_denoisers
 from ofadiff.values import PORT, Bundle, one_of
 
@@ -77,7 +77,7 @@ def open_page(checkpoint: str, *, served: Served = Served()) -> None:
     page = make_page(playground, Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint)
     address = serve(page, served.host, served.port, served.share)
     print(f"{address} shows {checkpoint}; Ctrl-C ends it", flush=True)
-    page.block_thread()
+    until_interrupted(page)
 
 
 def device_of(name: str | None) -> torch.device:

@@ -21,8 +21,8 @@ SMALL = 256
 STYLE = """
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 .picture.small img { image-rendering: pixelated; }
-.caption table { width: auto; margin-top: 4px; border: none; }
-.caption th, .caption td { border: none; padding: 1px 16px 1px 0; text-align: left; font-weight: normal; }
+.caption table, .caption tr, .caption th, .caption td { width: auto; border: none !important; }
+.caption th, .caption td { padding: 1px 16px 1px 0; text-align: left; font-weight: normal; }
 .caption th { opacity: 0.65; }
 .caption svg.steps { display: block; width: 100%; max-width: 420px; margin-top: 8px; }
 """
@@ -52,12 +52,18 @@ def make_page(playground: Playground, name: str) -> Any:
         gr.HTML(_heading(playground, name))
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                prompt = gr.Textbox(label="Prompt", lines=2, visible=form.prompt)
+                prompt = gr.Textbox(label="Prompt", lines=2, visible=form.prompt, elem_id="prompt")
                 labels = [(word, number) for number, word in form.classes.items()]
                 label = gr.Dropdown(labels, value=min(form.classes, default=None), label="Class", visible=bool(labels))
                 size = gr.Radio(choices, value=choices[0], label="Size", elem_id="size")
                 seed = gr.Number(0, label="Seed", info=f"0 to {LARGEST_SEED}", precision=None)
-                steps = gr.Number(form.steps, label="Steps", info=f"1 to {MOST_STEPS}", visible=form.steps is not None)
+                steps = gr.Number(
+                    form.steps,
+                    label="Steps",
+                    info=f"1 to {MOST_STEPS}",
+                    visible=form.steps is not None,
+                    elem_id="steps",
+                )
                 guidance = gr.Number(form.guidance, label="Guidance scale", step=0.5, visible=form.guided)
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
             original = _panel(gr, playground.original_title, "original")
@@ -67,9 +73,10 @@ def make_page(playground: Playground, name: str) -> Any:
         inputs = [prompt, label, seed, steps, guidance, size, drawn]
         outputs = [*original, *chosen, drawn]
         draw, redraw = _events(playground)
-        gr.on([button.click, prompt.submit], draw, inputs, outputs, api_name="draw", **ONE_LINE)
+        shared = {"show_progress_on": [original[1], chosen[1]], **ONE_LINE}
+        gr.on([button.click, prompt.submit], draw, inputs, outputs, api_name="draw", **shared)
         # The last choice counts, however fast they follow.
-        size.input(redraw, inputs, outputs, api_name="redraw", trigger_mode="always_last", **ONE_LINE)
+        size.input(redraw, inputs, outputs, api_name="redraw", trigger_mode="always_last", **shared)
     return page
 
 
@@ -84,20 +91,26 @@ def _heading(playground: Playground, name: str) -> str:
     )
 
 
-def _panel(gr: Any, title: str, name: str) -> tuple[Any, Any]:
-    """A picture and the place for what is said about it."""
+def _panel(gr: Any, title: str, name: str) -> tuple[Any, Any, Any]:
+    """The place of a picture: what it is, the picture, what it took."""
     with gr.Column(scale=2, min_width=300):
+        heading = gr.HTML(_title(title), elem_id=f"{name}-title")
         image = gr.Image(
             label=title,
+            show_label=False,
             format="png",
-            height=440,
+            height=380,
             interactive=False,
             buttons=["download", "fullscreen"],
             elem_id=name,
             elem_classes=["picture"],
         )
         words = gr.HTML(elem_id=f"{name}-caption")
-    return image, words
+    return heading, image, words
+
+
+def _title(words: str) -> str:
+    return f'<b class="title">{escape(words)}</b>'
 
 
 def _events(playground: Playground) -> tuple[Any, Any]:
@@ -106,10 +119,10 @@ def _events(playground: Playground) -> tuple[Any, Any]:
 
     sizes = playground.pipeline.sizes
 
-    def shown(picture: Picture) -> tuple[Any, str]:
+    def shown(picture: Picture) -> tuple[str, Any, str]:
         small = max(picture.image.size) < SMALL
         image = gr.Image(picture.image, elem_classes=["picture", "small"] if small else ["picture"])
-        return image, caption(picture, sizes)
+        return _title(picture.title), image, caption(picture, sizes)
 
     def asked(*fields: Any) -> Request:
         try:
@@ -118,10 +131,10 @@ def _events(playground: Playground) -> tuple[Any, Any]:
             raise gr.Error(_sentence(error), print_exception=False) from None
 
     def both(request: Request, choice: str, drawn: Request | None) -> Iterator[tuple]:
-        nothing = gr.skip(), gr.skip()
+        nothing = gr.skip(), gr.skip(), gr.skip()
         try:
             if request != drawn:
-                yield *shown(playground.draw_original(request)), None, "", request
+                yield *shown(playground.draw_original(request)), gr.skip(), None, "", request
             yield *nothing, *shown(playground.draw(request, choice)), request
         except Exception as error:  # whatever a pipeline raises: the page shows it and goes on
             raise gr.Error(_sentence(error)) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from ofadiff.page.playground import Picture
 
@@ -31,7 +30,7 @@ def caption(picture: Picture, sizes: Sequence[float]) -> str:
         rows["peak memory"] = f"{picture.peak_bytes / 1e6:,.0f} MB, all sizes included"
     cells = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows.items())
     plot = "" if picture.schedule is None else step_plot(picture.schedule, sizes)
-    return f'<div class="caption"><b>{escape(picture.title)}</b><table>{cells}</table>{plot}</div>'
+    return f'<div class="caption"><table>{cells}</table>{plot}</div>'
 
 
 def step_plot(schedule: Sequence[float], sizes: Sequence[float]) -> str:

@@ -68,13 +68,13 @@ class Playground:
     @property
     def choices(self) -> Mapping[str, float | SizeSchedule]:
         """What can be drawn at, by what it is called on the page: every size, then every kept schedule."""
-        sizes: dict[str, float | SizeSchedule] = {f"{size:g}": size for size in self.pipeline.sizes}
+        sizes: dict[str, float | SizeSchedule] = {str(size): size for size in self.pipeline.sizes}
         return sizes | {f"schedule {name}": schedule for name, schedule in self.pipeline.schedules.items()}
 
     @property
     def original_title(self) -> str:
         """What stands for the original."""
-        return "the original" if self.original is not None else f"the largest size, {self.pipeline.sizes[-1]:g}"
+        return "the original" if self.original is not None else f"the largest size, {self.pipeline.sizes[-1]}"
 
     def draw(self, request: Request, choice: str) -> Picture:
         """A picture at one of the choices; the same request gives the same picture.
@@ -88,7 +88,7 @@ class Playground:
         if isinstance(size, SizeSchedule):
             followed = size if request.steps is None else size.over(request.steps)
             return self._draw(self.pipeline, request, choice, costs_over(self.pipeline, followed), followed)
-        return self._draw(self.pipeline, request, f"size {size:g}", costs_at(self.pipeline, size), size)
+        return self._draw(self.pipeline, request, f"size {choice}", costs_at(self.pipeline, size), size)
 
     def draw_original(self, request: Request) -> Picture:
         """The same picture of the original, or of the largest size where there is none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from typing import Any
 
 from ofadiff.page.blocks import STYLE
@@ -61,3 +62,11 @@ def serve(page: Any, host: str = "127.0.0.1", port: int = 7860, share: bool = Fa
         footer_links=[],
     )
     return address
+
+
+def until_interrupted(page: Any) -> None:
+    """Waits for Ctrl-C, then ends a page's server."""
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        page.close(verbose=False)
