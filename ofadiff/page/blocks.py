@@ -19,6 +19,7 @@ ONE_LINE = {"concurrency_limit": 1, "concurrency_id": "drawing"}
 SMALL = 256
 
 STYLE = """
+.words .html-container { padding: 0 !important; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 .picture.small img { image-rendering: pixelated; }
 .caption table, .caption tr, .caption th, .caption td { width: auto; border: none !important; }
@@ -94,7 +95,7 @@ def _heading(playground: Playground, name: str) -> str:
 def _panel(gr: Any, title: str, name: str) -> tuple[Any, Any, Any]:
     """The place of a picture: what it is, the picture, what it took."""
     with gr.Column(scale=2, min_width=300):
-        heading = gr.HTML(_title(title), elem_id=f"{name}-title")
+        heading = gr.HTML(_title(title), elem_id=f"{name}-title", elem_classes=["words"])
         image = gr.Image(
             label=title,
             show_label=False,
@@ -105,7 +106,7 @@ def _panel(gr: Any, title: str, name: str) -> tuple[Any, Any, Any]:
             elem_id=name,
             elem_classes=["picture"],
         )
-        words = gr.HTML(elem_id=f"{name}-caption")
+        words = gr.HTML(elem_id=f"{name}-caption", elem_classes=["words"])
     return heading, image, words
 
 
