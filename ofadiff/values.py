@@ -82,6 +82,7 @@ def _whole(type_: Any, tokens: Sequence[Token]) -> int:
 
 WHOLE = Parameter(converter=_whole)
 COUNT = Parameter(converter=_whole, validator=Range(1, what="whole number"))
+PORT = Parameter(converter=_whole, validator=Range(1, 65535, what="whole number"))
 COUNT_OR_NONE = Parameter(converter=_whole, validator=Range(0, what="whole number"))
 POSITIVE = Parameter(validator=Range(0, ends="(]"))
 AT_LEAST_ZERO = Parameter(validator=Range(0))

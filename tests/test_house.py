@@ -36,7 +36,7 @@ ORDER = [
     {"architectures", "data", "reweight"},
     {"training", "pipelines"},
     {"evaluation"},
-    {"runs"},
+    {"page", "runs"},
     {"commands"},
     {"", "__main__"},
 ]
@@ -115,7 +115,7 @@ def test_recipes_are_short():
 
 # What follows finds some packages not installed.
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({missing!r})); "
-EXTRAS = {"datasets", "transformers", "peft", "matplotlib", "torch_fidelity", "skimage", "jinja2", "sklearn"}
+EXTRAS = {"datasets", "transformers", "peft", "matplotlib", "torch_fidelity", "skimage", "jinja2", "sklearn", "gradio"}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The command line: `ofadiff compress | heal | extract | evaluate | record | architectures`."""
+"""The command line: `ofadiff compress | heal | extract | evaluate | record | app | architectures`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ofadiff.commands.compress import compress
 from ofadiff.commands.evaluate import evaluate_checkpoint
 from ofadiff.commands.extract import extract
 from ofadiff.commands.heal import heal
+from ofadiff.commands.page import open_page
 from ofadiff.commands.record import record_calls
 
 # A new command is one file and one line here.
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "extract": extract,
     "evaluate": evaluate_checkpoint,
     "record": record_calls,
+    "app": open_page,
     "architectures": write_architectures,
 }
 

@@ -1,4 +1,4 @@
-"""Pipelines to evaluate, by their folders or hub names."""
+"""Pipelines to sample from, by their folders or hub names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pipeline_folder(name: str) -> str:
     return str(folder)
 
 
-def load_pipeline(folder: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+def open_pipeline(folder: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
     """An OFA checkpoint with all its sizes, or a plain pipeline, on a device."""
     if any(Path(folder).glob(f"*/{CONFIG_NAME}")):
         pipeline = OFAPipeline.from_pretrained(folder)
@@ -32,7 +32,13 @@ def load_pipeline(folder: str, dtype: torch.dtype, device: torch.device) -> Diff
         pipeline = DiffusionPipeline.from_pretrained(folder)
         if type(pipeline) is DDPMPipeline and class_count(pipeline.unet) is not None:
             pipeline = ClassConditionalDDPMPipeline(**pipeline.components)
+    return pipeline.to(device, dtype)
+
+
+def load_pipeline(folder: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    """Such a pipeline to evaluate: without its safety checker."""
+    pipeline = open_pipeline(folder, dtype, device)
     if pipeline.components.get("safety_checker") is not None:
         # An image that it flags comes out black, and would count in every metric.
         pipeline.register_modules(safety_checker=None)
-    return pipeline.to(device, dtype)
+    return pipeline

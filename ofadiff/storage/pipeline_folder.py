@@ -59,6 +59,22 @@ def find_denoiser(directory: str | Path, component: str | None = None) -> str:
     return found[0] if component is None else component
 
 
+def check_no_code(directory: str | Path) -> None:
+    """Checks that a pipeline folder names classes of installed libraries alone, so that loading it runs no code of it.
+
+    Raises:
+        ValueError: If its class, or a component's, is in a Python file of the folder.
+    """
+    directory = Path(directory)
+    index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
+    named = {"pipeline": (directory, index.get("_class_name"))}
+    named |= {name: (directory / name, entry) for name, entry in index.items() if not name.startswith("_")}
+    for name, (folder, entry) in named.items():
+        module = entry[0] if isinstance(entry, list) and entry else None
+        if isinstance(module, str) and (folder / f"{module}.py").is_file():
+            raise ValueError(f"the {name} of {directory} is in {folder / module}.py; code of a checkpoint is not run")
+
+
 def local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
     """An OFA checkpoint's folder; that of a hub repository is downloaded, as `from_pretrained`'s arguments say.
 

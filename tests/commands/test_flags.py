@@ -9,7 +9,7 @@ import pytest
 from cyclopts import CycloptsError
 from recipes.conftest import FUNCTIONS, load_recipe
 
-from ofadiff.commands import architectures, evaluate, extract
+from ofadiff.commands import architectures, evaluate, extract, page
 from ofadiff.commands.app import COMMANDS, make_app
 from ofadiff.commands.command import call
 from ofadiff.denoisers.kind import CAPTIONS
@@ -43,7 +43,7 @@ def test_adding_a_flag_is_a_decision():
     assert listing() == FROZEN.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("module", [settings, architectures, evaluate, extract])
+@pytest.mark.parametrize("module", [settings, architectures, evaluate, extract, page])
 def test_every_flag_is_explained(module):
     for node in ast.parse(inspect.getsource(module)).body:
         decorators = getattr(node, "decorator_list", [])
