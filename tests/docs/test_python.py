@@ -122,11 +122,13 @@ def plain_denoiser():
 
 
 def ranked_denoiser():
-    names = plain_denoiser()
-    groups = find_channel_groups(names["unet"])
-    scores = score_channels(names["unet"], groups, criterion="magnitude")
-    subnets = allocate(names["unet"], groups, scores, sizes=(0.6, 1.0))
-    return {**vars(ofadiff), **names, "groups": groups, "scores": scores, "subnets": subnets}
+    torch.manual_seed(0)
+    unet = make_unet(**ONE_BLOCK)
+    groups = find_channel_groups(unet)
+    scores = score_channels(unet, groups, criterion="magnitude")
+    subnets = allocate(unet, groups, scores, sizes=(0.6, 1.0), min_keep=0)
+    given = {"batches": [random_inputs(unet)], "loss_fn": squared_output_loss}
+    return {**vars(ofadiff), **given, "unet": unet, "groups": groups, "scores": scores, "subnets": subnets}
 
 
 def supernet():
