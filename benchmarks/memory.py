@@ -30,7 +30,7 @@ from ofadiff.commands.command import main, script
 from ofadiff.cutting import shrink_model
 from ofadiff.denoisers.inputs import example_inputs
 from ofadiff.profiling import measure_peak_memory
-from ofadiff.runs.settings import OPTIMIZERS
+from ofadiff.runs.settings import OPTIMIZERS, Optimization
 from ofadiff.sizes import SizeTable
 from ofadiff.training.muon import split_weights
 from ofadiff.values import Bundle, one_of
@@ -41,7 +41,9 @@ DTYPE = torch.bfloat16
 # What no way of counting from outside sees: buffers that kernels have for themselves, a larger part of a small model's.
 KERNELS = 0.1
 # Guidance calls the denoiser with two images for one.
-SAMPLED, TRAINED = 2, 1
+SAMPLED = 2
+# Images in a step: one, and what recipes take by default.
+TRAINED = (1, Optimization().train_batch_size)
 
 SMALL = {**SHAPES["quick"], "block_out_channels": (64, 128), "sample_size": 32}
 MODELS: dict[str, dict[str, Any]] = {
@@ -60,7 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-TITLES = {"sd15": "Stable Diffusion 1.5, 512 pixels", "sdxl": "SDXL, 1024 pixels", "muon": "Muon", "adamw": "AdamW"}
+TITLES = {"sd15": "Stable Diffusion 1.5, 512 pixels", "sdxl": "SDXL, 1024 pixels"}
 
 
 @Parameter(name="*")
@@ -85,12 +87,16 @@ def compare(*, which: Which = Which()) -> int:
             sep="\n",
             flush=True,
         )
-        print(f"\n{TITLES[name]}: a joint step with one image\n\n{STEP_HEAD}", *step_rows(config), sep="\n", flush=True)
+        print(f"\n{TITLES[name]}: a joint step\n\n{STEP_HEAD}", *step_rows(config), sep="\n", flush=True)
     return int(not all(row.met for row in rows))
 
 
 SIZES_HEAD = "| size | parameters | MACs | weights | a forward, at most | both |\n|---|---|---|---|---|---|"
-STEP_HEAD = "| what | |\n|---|---|"
+STEP_HEAD = "| weights | their average (EMA) | the teacher | Muon keeps | AdamW keeps |\n|---|---|---|---|---|"
+PEAKS_HEAD = (
+    "| images | gradient checkpointing | forward and backward, gradients too | in all, Muon | in all, AdamW |\n"
+    "|---|---|---|---|---|"
+)
 
 
 def subnets_of(config: Mapping[str, Any], min_keep: float = 0.25) -> tuple[list[ChannelGroup], SizeTable]:
@@ -162,9 +168,9 @@ def step_of(model: UNet2DConditionModel, teacher: UNet2DConditionModel, inputs: 
     (prediction.float() - expected.float()).square().mean().backward()
 
 
-def training_peak(model: UNet2DConditionModel, teacher: UNet2DConditionModel) -> int:
+def training_peak(model: UNet2DConditionModel, teacher: UNet2DConditionModel, images: int = 1) -> int:
     """The most that forward and backward hold beside the weights of both, gradients included."""
-    inputs = example_inputs(model, TRAINED)
+    inputs = example_inputs(model, images)
     with beside(model, teacher) as ledger:
         step_of(model, teacher, inputs)
     model.zero_grad()
@@ -201,19 +207,20 @@ def step_rows(config: Mapping[str, Any]) -> list[str]:
     with FakeTensorMode():
         model, teacher = make_unet(config).train(), make_unet(config, DTYPE)
         weights, taught = bytes_of(model), bytes_of(teacher)
-        peaks = {}
-        for checkpointing in (False, True):
-            with checkpointed(model, checkpointing):
-                peaks[", gradient checkpointing" if checkpointing else ""] = training_peak(model, teacher)
-        held = {optimizer: moments(model, groups, optimizer) for optimizer in OPTIMIZERS}
-    found = {"weights": weights, "their average (EMA)": weights, "the teacher": taught}
-    found |= {f"what {TITLES[optimizer]} keeps": state for optimizer, (state, _) in held.items()}
-    found |= {f"forward and backward, gradients too{way}": peak for way, peak in peaks.items()}
-    for optimizer, (state, beside_it) in held.items():
-        for way, peak in peaks.items():
-            step = max(peak, weights + beside_it)
-            found[f"**a step in all, {TITLES[optimizer]}{way}**"] = 2 * weights + taught + state + step
-    return [f"| {what} | {shown(size)} |" for what, size in found.items()]
+        held = [moments(model, groups, optimizer) for optimizer in OPTIMIZERS]
+        rows = [f"| {cells([weights, weights, taught, *(state for state, _ in held)])} |", "", PEAKS_HEAD]
+        for images in TRAINED:
+            for checkpointing in (False, True):
+                with checkpointed(model, checkpointing):
+                    peak = training_peak(model, teacher, images)
+                totals = [2 * weights + taught + state + max(peak, weights + most) for state, most in held]
+                rows.append(f"| {images} | {'yes' if checkpointing else 'no'} | {cells([peak, *totals])} |")
+    return rows
+
+
+def cells(sizes: Sequence[float]) -> str:
+    """Of a row of a table."""
+    return " | ".join(map(shown, sizes))
 
 
 def small_rows() -> list[Row]:
@@ -242,7 +249,7 @@ def small_rows() -> list[Row]:
 
 def measured_step(model: UNet2DConditionModel, teacher: UNet2DConditionModel) -> int:
     """As `training_peak`, measured on the CPU."""
-    inputs = example_inputs(model, TRAINED)
+    inputs = example_inputs(model, 1)
 
     def step() -> None:
         step_of(model, teacher, inputs)

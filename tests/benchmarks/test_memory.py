@@ -44,11 +44,13 @@ def test_a_size_takes_its_share(monkeypatch):
 
 def test_a_step_adds_up(monkeypatch):
     monkeypatch.setattr(memory, "SIZES", (1.0,))
-    cells = dict(row.strip("| ").split(" | ") for row in memory.step_rows(UNET))
-    rows = {what: read(size) for what, size in cells.items()}
-    weights, average, teacher, muon, adamw, peak = list(rows.values())[:6]
+    monkeypatch.setattr(memory, "TRAINED", (1,))
+    kept, _, _, *steps = memory.step_rows(UNET)
+    weights, average, teacher, *states = map(read, kept.strip("| ").split(" | "))
     assert average == weights and teacher == pytest.approx(weights / 2, rel=0.01)
-    assert adamw == pytest.approx(2 * weights, rel=0.01) and weights < muon < adamw
-    for name, state in (("Muon", muon), ("AdamW", adamw)):
-        expected = 2 * weights + teacher + state + max(peak, state)
-        assert rows[f"**a step in all, {name}**"] == pytest.approx(expected, rel=0.01)
+    assert states[1] == pytest.approx(2 * weights, rel=0.01) and weights < states[0] < states[1]
+    assert [row.split(" | ")[:2] for row in steps] == [["| 1", way] for way in ("no", "yes")]
+    for row in steps:
+        peak, *totals = map(read, row.strip("| ").split(" | ")[2:])
+        expected = [2 * weights + teacher + state + max(peak, state) for state in states]
+        assert totals == pytest.approx(expected, rel=0.01)
