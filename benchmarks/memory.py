@@ -30,10 +30,10 @@ from ofadiff.commands.command import main, script
 from ofadiff.cutting import shrink_model
 from ofadiff.denoisers.inputs import example_inputs
 from ofadiff.profiling import measure_peak_memory
-from ofadiff.runs.settings import OPTIMIZERS, Optimization
+from ofadiff.runs.settings import OPTIMIZERS
 from ofadiff.sizes import SizeTable
 from ofadiff.training.muon import split_weights
-from ofadiff.values import Bundle, one_of
+from ofadiff.values import Bundle, Range, one_of
 
 SIZES = (0.4, 0.6, 0.8, 1.0)
 # Of sampling, and of the forwards and the teacher of training.
@@ -42,8 +42,6 @@ DTYPE = torch.bfloat16
 KERNELS = 0.1
 # Guidance calls the denoiser with two images for one.
 SAMPLED = 2
-# Images in a step: one, and what recipes take by default.
-TRAINED = (1, Optimization().train_batch_size)
 
 SMALL = {**SHAPES["quick"], "block_out_channels": (64, 128), "sample_size": 32}
 MODELS: dict[str, dict[str, Any]] = {
@@ -72,6 +70,8 @@ class Which(Bundle):
 
     models: Annotated[tuple[str, ...], one_of(MODELS)] = tuple(MODELS)
     """sd15, sdxl, or both"""
+    images: Annotated[tuple[int, ...], Parameter(validator=Range(1, what="whole number"))] = (1,)
+    """of a device in a step; a row for each number"""
 
 
 def compare(*, which: Which = Which()) -> int:
@@ -87,7 +87,7 @@ def compare(*, which: Which = Which()) -> int:
             sep="\n",
             flush=True,
         )
-        print(f"\n{TITLES[name]}: a joint step\n\n{STEP_HEAD}", *step_rows(config), sep="\n", flush=True)
+        print(f"\n{TITLES[name]}: a joint step\n\n{STEP_HEAD}", *step_rows(config, which.images), sep="\n", flush=True)
     return int(not all(row.met for row in rows))
 
 
@@ -201,7 +201,7 @@ def size_rows(config: Mapping[str, Any]) -> list[str]:
     return rows
 
 
-def step_rows(config: Mapping[str, Any]) -> list[str]:
+def step_rows(config: Mapping[str, Any], images: Sequence[int]) -> list[str]:
     """What a run keeps from step to step, and what a step holds in all."""
     groups, _ = subnets_of(config)
     with FakeTensorMode():
@@ -209,12 +209,12 @@ def step_rows(config: Mapping[str, Any]) -> list[str]:
         weights, taught = bytes_of(model), bytes_of(teacher)
         held = [moments(model, groups, optimizer) for optimizer in OPTIMIZERS]
         rows = [f"| {cells([weights, weights, taught, *(state for state, _ in held)])} |", "", PEAKS_HEAD]
-        for images in TRAINED:
+        for count in images:
             for checkpointing in (False, True):
                 with checkpointed(model, checkpointing):
-                    peak = training_peak(model, teacher, images)
+                    peak = training_peak(model, teacher, count)
                 totals = [2 * weights + taught + state + max(peak, weights + most) for state, most in held]
-                rows.append(f"| {images} | {'yes' if checkpointing else 'no'} | {cells([peak, *totals])} |")
+                rows.append(f"| {count} | {'yes' if checkpointing else 'no'} | {cells([peak, *totals])} |")
     return rows
 
 

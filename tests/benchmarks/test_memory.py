@@ -44,8 +44,7 @@ def test_a_size_takes_its_share(monkeypatch):
 
 def test_a_step_adds_up(monkeypatch):
     monkeypatch.setattr(memory, "SIZES", (1.0,))
-    monkeypatch.setattr(memory, "TRAINED", (1,))
-    kept, _, _, *steps = memory.step_rows(UNET)
+    kept, _, _, *steps = memory.step_rows(UNET, (1,))
     weights, average, teacher, *states = map(read, kept.strip("| ").split(" | "))
     assert average == weights and teacher == pytest.approx(weights / 2, rel=0.01)
     assert states[1] == pytest.approx(2 * weights, rel=0.01) and weights < states[0] < states[1]
