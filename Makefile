@@ -1,4 +1,4 @@
-# `make demo` and `make test` set themselves up: the environment goes to .venv.
+# `make demo`, `make test` and `make docs` set themselves up: the environment goes to .venv.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= demo
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Tests run in one process per core; a file stays in one, with what its tests share.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test quick lint types unit clean
+.PHONY: demo test quick lint types unit docs clean
 
 demo: $(VENV)/demo
 	$(BIN)/python recipes/demo.py --output_dir $(DEMO_DIR)
@@ -27,11 +27,15 @@ types: $(VENV)/dev
 unit: $(VENV)/dev
 	$(PYTEST)
 
+# The site, in site/; a warning is an error. The variable leaves out an advertisement of the theme's.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 # What is installed is the extra of that name.
-$(VENV)/demo $(VENV)/dev: pyproject.toml
+$(VENV)/demo $(VENV)/dev $(VENV)/docs: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

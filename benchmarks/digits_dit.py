@@ -13,6 +13,12 @@ from pathlib import Path
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo.py"
 
+
+def demo_words(words: list[str]) -> list[str]:
+    """The demo's command line; a flag may be given once."""
+    folder = [] if any(word.startswith("--output_dir") for word in words) else ["--output_dir", "digits_dit"]
+    return ["--denoiser", "dit", *folder, *words]
+
+
 if __name__ == "__main__":
-    command = [sys.executable, str(DEMO), "--denoiser", "dit", "--output_dir", "digits_dit", *sys.argv[1:]]
-    sys.exit(subprocess.run(command).returncode)
+    sys.exit(subprocess.run([sys.executable, str(DEMO), *demo_words(sys.argv[1:])]).returncode)
