@@ -79,7 +79,7 @@ class Clock:
 
 
 def flux(quick: bool) -> FluxTransformer2DModel:
-    heads, layers = (4, 1) if quick else (8, 3)
+    heads, layers = (4, 1) if quick else (8, 2)
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -94,7 +94,7 @@ def flux(quick: bool) -> FluxTransformer2DModel:
 
 
 def flux_inputs(quick: bool) -> Inputs:
-    side = torch.arange(4.0 if quick else 16.0)
+    side = torch.arange(4.0 if quick else 8.0)
     places = torch.stack(
         [torch.zeros(len(side) ** 2), *(axis.flatten() for axis in torch.meshgrid(side, side, indexing="ij"))], 1
     )
@@ -116,15 +116,15 @@ def cogvideox(quick: bool) -> CogVideoXTransformer3DModel:
         out_channels=4,
         text_embed_dim=64,
         time_embed_dim=64,
-        sample_width=16,
-        sample_height=16,
+        sample_width=8,
+        sample_height=8,
         sample_frames=9,
         max_text_seq_length=16,
     )
 
 
 def cogvideox_inputs(quick: bool) -> Inputs:
-    return {"hidden_states": torch.randn(2, 3, 4, 16, 16), "encoder_hidden_states": torch.randn(2, 16, 64)}
+    return {"hidden_states": torch.randn(2, 3, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 16, 64)}
 
 
 def wan(quick: bool) -> WanTransformer3DModel:
@@ -158,7 +158,7 @@ def nucleus(quick: bool) -> NucleusMoEImageTransformer2DModel:
 
 
 def nucleus_inputs(quick: bool) -> Inputs:
-    side = 4 if quick else 16
+    side = 4 if quick else 8
     return {
         "hidden_states": torch.randn(1, side * side, 16),
         "encoder_hidden_states": torch.randn(1, 64, 64),
@@ -168,7 +168,7 @@ def nucleus_inputs(quick: bool) -> Inputs:
 
 def unet(quick: bool) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=8 if quick else 32,
+        sample_size=8 if quick else 16,
         block_out_channels=(32, 64) if quick else (64, 128),
         layers_per_block=1,
         norm_num_groups=8,
@@ -180,7 +180,7 @@ def unet(quick: bool) -> UNet2DConditionModel:
 
 
 def unet_inputs(quick: bool) -> Inputs:
-    side = 8 if quick else 32
+    side = 8 if quick else 16
     return {"sample": torch.randn(2, 4, side, side), "encoder_hidden_states": torch.randn(2, 16, 64)}
 
 
