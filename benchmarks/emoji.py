@@ -59,6 +59,7 @@ class Setting:
         sizes: What it is compressed to, fractions of the UNet's parameters.
         num_samples: Images sampled of each size; their prompts go through all captions.
         importance_samples: Noisy images that the ranking looks at.
+        correction_samples: Noisy images that the readers are fitted to.
         validation_samples: Noisy images of a validation.
     """
 
@@ -70,6 +71,7 @@ class Setting:
     sizes: tuple[float, ...]
     num_samples: int
     importance_samples: int = 1024
+    correction_samples: int = 384
     validation_samples: int = 512
 
 
@@ -197,6 +199,7 @@ def compress(folder: Path, setting: Setting, seed: int, name: str, steps: int) -
         "max_train_steps": steps,
         "train_batch_size": recipe.batch_size,
         "importance_samples": setting.importance_samples,
+        "correction_samples": setting.correction_samples,
         "validation_samples": setting.validation_samples,
         "learning_rate": recipe.learning_rate,
         "lr_warmup_steps": min(100, steps // 10),
@@ -229,6 +232,7 @@ def compress_recorded(folder: Path, captions: list[str], setting: Setting, seed:
         "max_train_steps": recipe.steps,
         "train_batch_size": recipe.batch_size // rows,
         "importance_samples": setting.importance_samples // rows,
+        "correction_samples": setting.correction_samples // rows,
         "validation_samples": setting.validation_samples // rows,
         "learning_rate": recipe.learning_rate,
         "lr_warmup_steps": min(100, recipe.steps // 10),

@@ -23,6 +23,7 @@ def tiny(monkeypatch):
         sizes=(0.6, 1.0),
         num_samples=6,
         importance_samples=4,
+        correction_samples=4,
         validation_samples=4,
     )
     monkeypatch.setitem(emoji.SETTINGS, "cpu", setting)
@@ -53,7 +54,7 @@ def test_report_has_every_size_beside_the_original_and_the_untrained(tmp_path, t
         assert row.values["fid"] is not None
         assert row.values["clip_score"] is not None
     assert (tmp_path / "run" / "samples.png").exists()
-    few = {"tuning_samples": 3, "num_samples": 6, "batch_size": 6, "timed_images": 1}
+    few = {"tuning_samples": 4, "num_samples": 6, "batch_size": 6, "timed_images": 1}
     guided = guidance.compare(emoji=str(tmp_path / "run"), scales=(2.0, 3.0), autoguidance_scales=(1.5,), **few)
     assert [(row["kind"], row["guidance_size"]) for row in guided] == [
         *(("halves", size) for size in (1.0, 0.6)),
