@@ -100,21 +100,12 @@ def find_schedule(
         >>> pipeline.set_schedule("fast", schedule)
         >>> images = pipeline(size="fast", num_inference_steps=3).images
     """
-    if unit not in UNITS:
-        raise ValueError(f"unit is {unit!r}; it must be 'macs', 'latency' or 'evaluations'")
-    if unit == "evaluations" and not (budget > 0 and math.isfinite(budget)):
-        raise ValueError(f"budget is {budget}; it must be a number of evaluations above 0")
-    if unit != "evaluations" and not 0 < budget <= 1:
-        raise ValueError(f"budget is {budget}; it must be above 0 and at most 1, a share of the largest size's cost")
-    if not pipeline.supernets or len(pipeline.sizes) < 2:
-        raise ValueError("the pipeline has one size alone, of which there is no schedule; load it without size=")
+    _check_asked(pipeline, budget, unit)
     shared = {**(arguments or {}), **({"num_inference_steps": num_inference_steps} if num_inference_steps else {})}
     checked = [opened(call) for call in check_calls(pipeline._stock_class, calls, shared)]
     for number, call in enumerate(checked, 1):
         if call.get("generator") is not None:  # it would go on from one sampling to the next
             raise ValueError(f"call {number} has a generator; every schedule needs the same noise, which seed gives")
-    if unit == "macs":
-        _check_budget(_shares_of_macs(pipeline), budget)
     bar = tqdm(desc="Schedule", unit="image", disable=not progress)
     search = _Search(pipeline, checked, seed, bar)
     with without_bar(pipeline), bar:
@@ -138,6 +129,20 @@ def find_schedule(
         found["evaluations"] = found["cost"] * made
     told = {"unit": unit, "budget": asked, "steps": steps.count, "calls": len(checked)}
     return SizeSchedule(best, {**told, **found})
+
+
+def _check_asked(pipeline: OFAPipeline, budget: float, unit: str) -> None:
+    """Raises ValueError if there can be no schedule of such a budget."""
+    if unit not in UNITS:
+        raise ValueError(f"unit is {unit!r}; it must be 'macs', 'latency' or 'evaluations'")
+    if unit == "evaluations" and not (budget > 0 and math.isfinite(budget)):
+        raise ValueError(f"budget is {budget}; it must be a number of evaluations above 0")
+    if unit != "evaluations" and not 0 < budget <= 1:
+        raise ValueError(f"budget is {budget}; it must be above 0 and at most 1, a share of the largest size's cost")
+    if not pipeline.supernets or len(pipeline.sizes) < 2:
+        raise ValueError("the pipeline has one size alone, of which there is no schedule; load it without size=")
+    if unit == "macs":
+        _check_budget(_shares_of_macs(pipeline), budget)
 
 
 def _shares_of_macs(pipeline: OFAPipeline) -> dict[float, float]:
