@@ -10,13 +10,17 @@ from torch import nn
 
 from ofadiff.channels import Kept, active_part
 
+# What weights are that nothing has quantized.
+PLAIN = (torch.Tensor, nn.Parameter)
+
 # The kind that can be cut.
 INT8 = "Int8Tensor"
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Whether a parameter is a tensor of torchao's."""
-    return type(tensor).__module__.partition(".")[0] == "torchao"
+    # The first makes no graph break where a compiled model cuts its weights.
+    return type(tensor) not in PLAIN and type(tensor).__module__.partition(".")[0] == "torchao"
 
 
 def check_not_quantized(model: nn.Module, what: str) -> None:

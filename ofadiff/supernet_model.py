@@ -39,8 +39,10 @@ class SupernetModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As in the stock class, hooks and all; in a block of `Supernet.answering` what that makes of it."""
+        if torch.compiler.is_compiling():
+            return self._call_impl(*args, **kwargs)  # type: ignore[attr-defined]
         state, call = self.ofa_state, super().__call__  # type: ignore[misc]
-        if torch.compiler.is_compiling() or state is None or "_is_replica" in vars(self):
+        if state is None or "_is_replica" in vars(self):
             return call(*args, **kwargs)
         with state.lock:
             return call(*args, **kwargs) if state.answer is None else state.answer(call, args, kwargs)
