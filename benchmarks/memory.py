@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -29,6 +28,7 @@ from ofadiff.channels import ChannelGroup
 from ofadiff.commands.command import main, script
 from ofadiff.cutting import shrink_model
 from ofadiff.denoisers.inputs import example_inputs
+from ofadiff.extraction.reader import default_dtype
 from ofadiff.profiling import measure_peak_memory
 from ofadiff.runs.settings import OPTIMIZERS
 from ofadiff.sizes import SizeTable
@@ -112,20 +112,9 @@ def subnets_of(config: Mapping[str, Any], min_keep: float = 0.25) -> tuple[list[
     return groups, allocate(model, groups, scores, SIZES, min_keep=min_keep)
 
 
-@contextmanager
-def made_in(dtype: torch.dtype) -> Iterator[None]:
-    """A block in which parameters are made in a dtype; fake ones cannot change theirs."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def make_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """A UNet with random weights, or fake ones."""
-    with made_in(dtype):
+    with default_dtype(dtype):
         return UNet2DConditionModel(**config).eval()
 
 

@@ -52,7 +52,7 @@ def load_extracted(
     values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
     check_structure(directory, values, variant)
     dtype = torch_dtype if isinstance(torch_dtype, torch.dtype) else torch.float32
-    with _default_dtype(dtype):
+    with default_dtype(dtype):
         small = empty_extracted_model(stock, stock.load_config(directory), widths)
     groups = groups_of(stock, stock.load_config(directory), widths)
     check_fingerprints(groups, values["groups"], directory)
@@ -71,8 +71,8 @@ def load_extracted(
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """A block in which models make their buffers as diffusers has them made when it loads in this dtype."""
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A block in which models make parameters and buffers as diffusers has them made when it loads in this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
