@@ -18,6 +18,7 @@ import random
 import shutil
 import sys
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,9 @@ PARTS = ("training", "tuning", "judging")
 # A quarter is judged on: the images that the demo and data_free.py hold out. Of the others so many are tuned on.
 JUDGING, TUNING = demo.VALIDATION_FRACTION, 0.15
 BATCH_SIZE = 32
+# What AdamW keeps of a weight, and how often a long run keeps where it is.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+HALFWAY_STEPS = 100
 EMA_DECAY = 0.995
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # How often a teacher's loss on images that it is not trained on is looked at, over its training.
@@ -271,6 +275,7 @@ def fit(
     seed: int,
     name: str,
     watch: Callable[[int, EMAModel], None] | None = None,
+    halfway: Path | None = None,
 ) -> None:
     """The library's schedule: AdamW, warm-up, cosine, clipped gradients; the weights end with their average.
 
@@ -283,13 +288,15 @@ def fit(
         seed: Of images and noise.
         name: What the progress bar says.
         watch: Called after each step with the steps made and the average.
+        halfway: A file that keeps where a long run is, so that it goes on when it is started again.
     """
     weights = list(weights)
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps(steps), steps)
     ema = EMAModel(weights, decay=EMA_DECAY, use_ema_warmup=True, power=3 / 4, foreach=True)
-    keys = list(step_batches(len(data), range(steps), 1, BATCH_SIZE, seed))
-    for step, batch in enumerate(tqdm(load_batches(data, keys), name, mininterval=5)):
+    begun = 0 if halfway is None or not halfway.exists() else read_halfway(halfway, weights, optimizer, schedule, ema)
+    keys = list(step_batches(len(data), range(begun, steps), 1, BATCH_SIZE, seed))
+    for step, batch in enumerate(tqdm(load_batches(data, keys), name, len(keys), mininterval=5), begun):
         loss_fn(step, send_to_device(batch, DEVICE)).mean().backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -298,7 +305,45 @@ def fit(
         ema.step(weights)
         if watch is not None:
             watch(step + 1, ema)
+        if halfway is not None and (step + 1) % HALFWAY_STEPS == 0:
+            write_halfway(halfway, weights, optimizer, ema)
     ema.copy_to(weights)
+
+
+def write_halfway(file: Path, weights: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:
+    """Keeps the state of `fit` in a file, which is the old one or the new one at any time."""
+    tensors = {"step": torch.tensor(ema.optimization_step)}
+    for index, (weight, average) in enumerate(zip(weights, ema.shadow_params, strict=True)):
+        moments = {name: optimizer.state[weight][name] for name in MOMENTS}
+        tensors |= {f"{name}.{index}": tensor for name, tensor in moments.items()}
+        tensors |= {f"weight.{index}": weight.detach(), f"average.{index}": average}
+    unfinished = file.with_name(f".{file.name}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
+    os.replace(unfinished, file)
+
+
+@torch.no_grad()
+def read_halfway(
+    file: Path,
+    weights: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    ema: EMAModel,
+) -> int:
+    """Brings the parts of `fit` to where a file was written; returns the steps made until then."""
+    tensors = load_file(file)
+    step = int(tensors["step"])
+    for index, (weight, average) in enumerate(zip(weights, ema.shadow_params, strict=True)):
+        weight.copy_(tensors[f"weight.{index}"])
+        average.copy_(tensors[f"average.{index}"])
+        moments = {name: tensors[f"{name}.{index}"].to(weight.device) for name in MOMENTS}
+        optimizer.state[weight] = {"step": torch.tensor(float(step)), **moments}
+    ema.optimization_step = step
+    with warnings.catch_warnings():  # these steps of the schedule had their steps of the optimizer in another process
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(step):
+            schedule.step()
+    return step
 
 
 def warmup_steps(steps: int) -> int:
@@ -325,14 +370,16 @@ def train_teacher(place: Place) -> None:
     prepare = place.prepare(model, scheduler, training=True)
     judged = place.prepare(model, scheduler, training=False)
     held_out = list(fixed_batches(place.data("tuning", model), 512, 128, 0, "teacher"))
-    losses = {}
+    kept = place.folder / "teacher_losses.json"
+    losses = json.loads(kept.read_text()) if kept.exists() else {}
 
     def watch(step: int, ema: EMAModel) -> None:
         if step % max(1, steps // LOOKS) == 0 or step == steps:
             model.eval()
             with averaged_weights(ema, list(model.parameters()), model):
-                losses[step] = mean_loss(model, held_out, judged)
-            print(f"\nTeacher after {step} steps: {losses[step]:.5f} on the tuning part", flush=True)
+                losses[str(step)] = mean_loss(model, held_out, judged)
+            kept.write_text(json.dumps(losses) + "\n")
+            print(f"\nTeacher after {step} steps: {losses[str(step)]:.5f} on the tuning part", flush=True)
             model.train()
 
     options = {"steps": steps, "learning_rate": study.learning_rate, "seed": 0, "name": "Teacher", "watch": watch}
@@ -340,11 +387,12 @@ def train_teacher(place: Place) -> None:
         list(model.parameters()),
         lambda step, batch: denoising_loss(model, batch, prepare),
         place.data("training", model),
+        halfway=place.folder / "teacher_halfway.safetensors",
         **options,
     )
-    (place.folder / "teacher_losses.json").write_text(json.dumps(losses) + "\n")
     with made_whole(place.teacher_folder) as folder:
         DDPMPipeline(model.eval().cpu(), scheduler).save_pretrained(folder)
+    (place.folder / "teacher_halfway.safetensors").unlink(missing_ok=True)
 
 
 def prepare_place(place: Place) -> None:

@@ -1,0 +1,66 @@
+"""The time of guidance whose unconditional half is a small size, where a forward is bound by its MACs.
+
+The denoiser of `latency.py` with random weights, in Stable Diffusion without its encoders: a call is guidance and
+steps of the denoiser, nothing else. `guidance.py` tells what such guidance does to images.
+
+python benchmarks/guidance_time.py
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from functools import partial
+from typing import Any
+
+from denoisers import make_denoiser, make_supernet
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from side_by_side import Comparison, main
+from torch import randn
+
+from ofadiff import OFAPipeline
+
+SIZES = (0.4, 0.6, 0.8, 1.0)
+STEPS = 10
+# Of the time ratio over the ratio of MACs, the trial of the first step among them.
+MAX_TIME = 1.15
+
+
+def load_pipeline(comparison: Comparison, folder: str) -> OFAPipeline:
+    denoiser = make_denoiser(comparison)
+    without = dict.fromkeys(
+        ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
+    )
+    scheduler = DDIMScheduler()
+    StableDiffusionPipeline(unet=denoiser, scheduler=scheduler, **without).save_pretrained(folder)
+    make_supernet(denoiser, SIZES).save_pretrained(f"{folder}/unet")
+    pipeline = OFAPipeline.from_pretrained(folder, torch_dtype=comparison.dtype, **without)
+    pipeline.to(comparison.device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def compare(comparison: Comparison) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline = load_pipeline(comparison, folder)
+    steps = 2 if comparison.quick else STEPS
+    width = pipeline.unet.config.cross_attention_dim
+    prompt, nothing = randn(2, 1, 77, width, device=comparison.device, dtype=comparison.dtype)
+    call: dict[str, Any] = {
+        "prompt_embeds": prompt,
+        "negative_prompt_embeds": nothing,
+        "num_inference_steps": steps,
+        "output_type": "latent",
+    }
+    sides = {"both": partial(pipeline, **call)}
+    sides |= {f"{size:g}": partial(pipeline, **call, guidance_size=size) for size in SIZES[:-1]}
+    times = comparison.time_in_turn(sides)
+    for subnet in list(pipeline.subnets)[:-1]:
+        macs = (1 + subnet.macs / pipeline.subnets.full_macs) / 2
+        name = f"{subnet.size:g}"
+        what = f"{steps} steps, unconditional half at {name}, {macs:.3f} of the MACs: it, both halves at full size"
+        comparison.add_times(what, times[name], times["both"], MAX_TIME * macs)
+
+
+if __name__ == "__main__":
+    sys.exit(main(compare, __doc__))
