@@ -19,13 +19,10 @@ from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter
-from emoji import EXTRACTOR, INFERENCE_STEPS, read_images
-from emoji_models import ImageTower
-from transformers import CLIPModel
+from emoji import INFERENCE_STEPS
+from emoji_judge import EmojiJudge
 
-from ofadiff import OFAPipeline, evaluate
 from ofadiff.commands.command import main, script
-from ofadiff.evaluation import register_extractor
 from ofadiff.profiling.timing import seconds_of
 from ofadiff.values import COUNT
 
@@ -58,32 +55,9 @@ def compare(
         threads: Of PyTorch.
     """
     torch.set_num_threads(threads)
-    folder = Path(emoji)
-    captions = [json.loads(line)["text"] for line in (folder / "emoji" / "metadata.jsonl").read_text().splitlines()]
-    reference = (read_images(folder / "emoji", len(captions)) * 255).round().to(torch.uint8)
-    register_extractor(EXTRACTOR, ImageTower(CLIPModel.from_pretrained(folder / "clip")))
-    pipeline = OFAPipeline.from_pretrained(folder / "ofa")
-    pipeline.set_progress_bar_config(disable=True)
+    judge = EmojiJudge(Path(emoji), batch_size)
+    pipeline = judge.pipeline
     *smaller, largest = pipeline.sizes
-
-    def measured(calls: dict[str, Calls], samples: int, seed: int) -> dict[str, dict[str, Any]]:
-        stride = len(captions) / samples
-        report = evaluate(
-            pipeline,
-            reference=reference,
-            sizes=(smaller[0],),
-            variants=calls,
-            metrics=("fid", "clip_score"),
-            num_samples=samples,
-            batch_size=batch_size,
-            seed=seed,
-            num_inference_steps=INFERENCE_STEPS,
-            arguments={"prompt": [captions[int(index * stride)] for index in range(samples)]},
-            extractor=EXTRACTOR,
-            clip_model=folder / "clip",
-        )
-        return {row.label: row.values for row in report.rows}
-
     rows: list[dict[str, Any]] = []
     for size in (largest, *reversed(smaller)):
         rows.append({"kind": "halves", "guidance_size": size})
@@ -95,16 +69,16 @@ def compare(
     rows.append({"kind": "none", "guidance_size": largest, "calls": [{"guidance_scale": 1.0}]})
     macs = {subnet.size: subnet.macs / pipeline.subnets.full_macs for subnet in pipeline.subnets}
     named = {f"{number}.{trial}": call for number, row in enumerate(rows) for trial, call in enumerate(row["calls"])}
-    tuned = measured(named, tuning_samples, TUNING)
+    tuned = judge.measure(named, tuning_samples, TUNING)
     for number, row in enumerate(rows):
         row["trials"] = [tuned[f"{number}.{trial}"]["fid"] for trial, _ in enumerate(row["calls"])]
         row["call"] = row["calls"][row["trials"].index(min(row["trials"]))]
         row["macs"] = macs[largest] + (0 if row["kind"] == "none" else macs[row["guidance_size"]])
-    judged = measured({str(number): row["call"] for number, row in enumerate(rows)}, num_samples, JUDGING)
+    judged = judge.measure({str(number): row["call"] for number, row in enumerate(rows)}, num_samples, JUDGING)
     for number, row in enumerate(rows):
         row |= {name: judged[str(number)][name] for name in ("fid", "clip_score")}
         print(json.dumps({key: row[key] for key in ("kind", "call", "trials", "fid", "clip_score")}), flush=True)
-    time_calls(pipeline, rows, captions[:timed_images])
+    time_calls(pipeline, rows, judge.captions[:timed_images])
     print("\n" + table(rows))
     return rows
 

@@ -31,11 +31,10 @@ def load_pipeline(comparison: Comparison, folder: str) -> OFAPipeline:
     without = dict.fromkeys(
         ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
     )
-    scheduler = DDIMScheduler()
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1, set_alpha_to_one=False)
     StableDiffusionPipeline(unet=denoiser, scheduler=scheduler, **without).save_pretrained(folder)
     make_supernet(denoiser, SIZES).save_pretrained(f"{folder}/unet")
-    pipeline = OFAPipeline.from_pretrained(folder, torch_dtype=comparison.dtype, **without)
-    pipeline.to(comparison.device)
+    pipeline = OFAPipeline.from_pretrained(folder, **without).to(comparison.device, comparison.dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -3,8 +3,10 @@
 import json
 
 import emoji
+import emoji_judge
 import guidance
 import pytest
+import schedule_fid
 import torch
 from emoji_models import Recipe
 from tiny_stable_diffusion import save_captioned_images
@@ -27,8 +29,9 @@ def tiny(monkeypatch):
         validation_samples=4,
     )
     monkeypatch.setitem(emoji.SETTINGS, "cpu", setting)
-    for benchmark in (emoji, guidance):
+    for benchmark in (emoji, emoji_judge, guidance, schedule_fid):
         monkeypatch.setattr(benchmark, "INFERENCE_STEPS", 2)
+    for benchmark in (emoji, emoji_judge):
         monkeypatch.setattr(benchmark, "read_images", lambda folder, count: torch.rand(count, 3, 16, 16))
     monkeypatch.setattr(emoji, "check_font", lambda font: None)
 
@@ -41,7 +44,7 @@ def tiny(monkeypatch):
     return setting
 
 
-def test_report_has_every_size_beside_the_original_and_the_untrained(tmp_path, tiny):
+def test_report_has_every_size_beside_the_original_and_the_untrained(tmp_path, tiny, monkeypatch):
     args = emoji.make_parser().parse_args(["--output_dir", str(tmp_path / "run")])
     report = emoji.benchmark(args)
     assert report.teacher is not None
@@ -62,6 +65,11 @@ def test_report_has_every_size_beside_the_original_and_the_untrained(tmp_path, t
         ("none", 1.0),
     ]
     assert all(row["fid"] is not None and row["ratio"] > 0 for row in guided)
+    monkeypatch.setattr(schedule_fid, "CALLS", 2)
+    monkeypatch.setattr(schedule_fid, "CAPTIONS", 2)
+    scheduled = schedule_fid.compare(emoji=str(tmp_path / "run"), budgets=(0.9,), num_samples=6, batch_size=6)
+    assert {row["name"] for row in scheduled} == {"0.6", "1", "schedule 0.9"}
+    assert all(row["macs"] <= 0.9 for row in scheduled if row["name"] == "schedule 0.9")
 
 
 def test_folder_of_another_run_stays_as_it_is(tmp_path):

@@ -2,6 +2,7 @@
 
 import composing
 import elastic_overhead
+import guidance_time
 import importance
 import latency
 import loading
@@ -26,6 +27,7 @@ ROWS = {
         "int8 weights, extracted",
         "LCM-LoRA, supernet",
     ),
+    guidance_time: ("unconditional half at 0.4", "unconditional half at 0.8"),
     importance: ("time of 2 samples", "peak memory", "largest relative difference"),
     elastic_overhead: tuple(
         f"{what} at {size}"
