@@ -10,8 +10,10 @@ import torch
 from conftest import make_dropping_supernet, make_unet, output, random_inputs, relative_error
 from diffusers import (
     DiffusionPipeline,
+    FirstBlockCacheConfig,
     PyramidAttentionBroadcastConfig,
     StableDiffusionPipeline,
+    TaylorSeerCacheConfig,
     TextKVCacheConfig,
     TorchAoConfig,
     hooks,
@@ -202,6 +204,24 @@ def test_a_cache_begins_anew_where_a_schedule_changes_the_size(what, folders, mo
     plain = load(KINDS[what], folders, monkeypatch)
     for size in (SMALL, LARGE):
         assert far(sample(pipeline, KINDS[what], size=size), sample(plain, KINDS[what], size=size)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "apply, config",
+    [
+        (hooks.apply_first_block_cache, FirstBlockCacheConfig(threshold=0.5)),
+        (hooks.apply_taylorseer_cache, TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2)),
+    ],
+    ids=["First Block Cache", "TaylorSeer"],
+)
+def test_caches_that_are_applied_by_hand_begin_anew_too(apply, config, folders, monkeypatch):
+    pipeline, enabled = load("flux", folders, monkeypatch), load("flux", folders, monkeypatch)
+    apply(pipeline.transformer, config)
+    enabled.transformer.enable_cache(config)
+    schedule = SizeSchedule([LARGE] * (STEPS // 2) + [SMALL] * (STEPS // 2))
+    expected = sample(enabled, "flux", size=schedule)
+    assert far(sample(pipeline, "flux", size=schedule), expected) < 1e-6
+    assert far(sample(load("flux", folders, monkeypatch), "flux", size=schedule), expected) > 1e-5
 
 
 def test_magcache_forgets_what_another_size_computed_and_counts_on(folders, monkeypatch):

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from ofadiff.pipelines.steps import step_reader
 from ofadiff.recordings.recorded_call import parameters_of
 from ofadiff.size_schedule import SizeSchedule
 from ofadiff.supernet import Supernet
+
+# How the calls of a denoiser can be split, as was tried: by the make-up of its modules and the shapes of the arguments.
+WAYS: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
 
 # Arguments of pipelines that switch classifier-free guidance on; the first that a call takes counts.
 SCALES = ("true_cfg_scale", "guidance_scale")
@@ -78,7 +82,8 @@ class HalvesOfBatches(GuidedCalls):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._ways: dict[Any, bool | None] = {}
+        self._make_up = make_up(self.supernet.model)
+        self._ways = WAYS.setdefault(self.supernet.model, {})
 
     def __call__(self, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         arguments = args, kwargs
@@ -102,16 +107,21 @@ class HalvesOfBatches(GuidedCalls):
         return together(*outputs)
 
     def _way(self, call: Callable[..., Any], arguments: Arguments, size: float, rows: int) -> bool:
-        kind = shapes(arguments)
+        kind = self._make_up, shapes(arguments)
         if kind not in self._ways:
-            self._ways[kind] = self.at(size, lambda *args, **kwargs: in_halves(call, (args, kwargs), rows), arguments)
-        way = self._ways[kind]
-        if way is None:
-            raise ValueError(
-                f"guidance_size is given, but the {self.name} does not answer to halves of its batch what it answers "
-                "to the whole: it mixes samples, or has arguments that cannot be split"
-            )
-        return way
+            way = self.at(size, lambda *args, **kwargs: in_halves(call, (args, kwargs), rows), arguments)
+            if way is None:
+                raise ValueError(
+                    f"guidance_size is given, but the {self.name} does not answer to halves of its batch what it "
+                    "answers to the whole: it mixes samples, or has arguments that cannot be split"
+                )
+            self._ways[kind] = way
+        return self._ways[kind]
+
+
+def make_up(model: nn.Module) -> tuple[tuple[type, type], ...]:
+    """Of a denoiser, what decides whether it mixes samples of a batch: the classes of its modules and processors."""
+    return tuple((type(module), type(vars(module).get("processor"))) for module in model.modules())
 
 
 class SecondHalvesOfBatches(HalvesOfBatches):

@@ -17,6 +17,7 @@ from diffusers import (
     DiTTransformer2DModel,
     StableDiffusionPAGPipeline,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0
 from test_tasks import make_controlnet
 from tiny_pipelines import PICTURE, image, load, make_checkpoint
 
@@ -120,7 +121,30 @@ def test_each_half_is_a_forward_and_the_next_call_is_as_before(pipeline):
     assert seen == [*trial, *[(SMALL, 1), (LARGE, 1)] * 2]
     assert pipeline.size == SMALL and forwards(pipeline, num_inference_steps=2) == [(SMALL, 2)] * 2
     schedules = {"size": SizeSchedule([SMALL, LARGE]), "guidance_size": "smallest"}
-    assert forwards(pipeline, num_inference_steps=2, **schedules) == [(SMALL, 2), (LARGE, 2), *trial[1:], *seen[3:5]]
+    assert forwards(pipeline, num_inference_steps=2, **schedules) == [(SMALL, 2), *seen[3:5]]
+
+
+class Mixing(AttnProcessor2_0):
+    """Shows every sample of a batch the first one's text."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **others):
+        if encoder_hidden_states is not None:
+            encoder_hidden_states = encoder_hidden_states[:1].expand_as(encoder_hidden_states)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, **others)
+
+
+def test_how_a_batch_is_split_is_tried_once_for_shapes_and_processors(pipeline):
+    call = {"size": LARGE, "guidance_size": SMALL, "num_inference_steps": 1}
+    halves, trial = [(SMALL, 1), (LARGE, 1)], [(LARGE, 2), (LARGE, 1), (LARGE, 1)]
+    assert forwards(pipeline, **call) == [*trial, *halves]
+    assert forwards(pipeline, **call) == halves
+    two = [(size, 2 * rows) for size, rows in (*trial, *halves)]
+    assert forwards(pipeline, num_images_per_prompt=2, **call) == two
+    pipeline.unet.set_attn_processor(Mixing())
+    with pytest.raises(ValueError, match="mixes samples"):
+        image(pipeline, **call)
+    pipeline.unet.set_attn_processor(AttnProcessor2_0())
+    assert forwards(pipeline, **call) == halves
 
 
 def test_controlnets_callbacks_and_several_images_work_with_it(pipeline):
