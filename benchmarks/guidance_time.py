@@ -22,6 +22,7 @@ from ofadiff import OFAPipeline
 
 SIZES = (0.4, 0.6, 0.8, 1.0)
 STEPS = 5
+IMAGES = {"cpu": (1, 2), "cuda": (1, 4)}
 # Of the time ratio over the ratio of MACs. Whether the batch can be split is tried in a call that is not timed.
 MAX_TIME = 1.15
 
@@ -51,14 +52,20 @@ def compare(comparison: Comparison) -> None:
         "num_inference_steps": steps,
         "output_type": "latent",
     }
+    for images in (1,) if comparison.quick else IMAGES[comparison.device.type]:
+        compare_call(comparison, pipeline, {**call, "num_images_per_prompt": images})
+
+
+def compare_call(comparison: Comparison, pipeline: OFAPipeline, call: dict[str, Any]) -> None:
     sides = {"both": partial(pipeline, **call)}
     sides |= {f"{size:g}": partial(pipeline, **call, guidance_size=size) for size in SIZES[:-1]}
     times = comparison.time_in_turn(sides)
+    images, steps = call["num_images_per_prompt"], call["num_inference_steps"]
     for subnet in list(pipeline.subnets)[:-1]:
         macs = (1 + subnet.macs / pipeline.subnets.full_macs) / 2
         name = f"{subnet.size:g}"
-        what = f"{steps} steps, unconditional half at {name}, {macs:.3f} of the MACs: it, both halves at full size"
-        comparison.add_times(what, times[name], times["both"], MAX_TIME * macs)
+        what = f"images {images}, {steps} steps, unconditional half at {name}, {macs:.3f} of the MACs"
+        comparison.add_times(f"{what}: it, both halves at full size", times[name], times["both"], MAX_TIME * macs)
 
 
 if __name__ == "__main__":
