@@ -17,9 +17,10 @@ from ofadiff.adapters.size_adapter import SizeAdapter, save_size_adapters
 from ofadiff.basis.change import save_basis
 from ofadiff.channels import ChannelGroup, Slice
 from ofadiff.cutting import kept_by_module
+from ofadiff.reading.tensors import read_metadata
 from ofadiff.size_schedule import SizeSchedule
 from ofadiff.sizes import CONFIG_NAME, SizeTable
-from ofadiff.storage.files import add_to_safetensors, read_metadata
+from ofadiff.storage.files import add_to_safetensors
 from ofadiff.storage.ofa_config import FORMAT_VERSION
 from ofadiff.storage.structure import STRUCTURE, WEIGHTS, fingerprint, structure_of
 

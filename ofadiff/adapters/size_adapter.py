@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ofadiff.layers import LowRankUpdate
+from ofadiff.reading.json_file import read_object
+from ofadiff.reading.tensors import read_tensors
 from ofadiff.storage.files import written_aside
 from ofadiff.storage.ofa_config import ADAPTERS_NAME
 
@@ -105,8 +107,8 @@ class SizeAdapter:
             FileNotFoundError: If one of them is missing.
             ValueError: If it is no plain LoRA.
         """
-        config = json.loads((Path(directory) / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
-        state_dict = load_file(Path(directory) / ADAPTER_WEIGHTS_NAME)
+        config = read_object(Path(directory) / ADAPTER_CONFIG_NAME)
+        state_dict = read_tensors(Path(directory) / ADAPTER_WEIGHTS_NAME)
         return cls.from_state_dict(config, {key.removeprefix(PREFIX): value for key, value in state_dict.items()})
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ofadiff.reading.tensors import read_metadata
 from ofadiff.recordings.nested import DTYPES, Tensors, from_spec, tensor_names, to_spec
 from ofadiff.recordings.recorded_call import Answer, RecordedCall
 from ofadiff.storage.digest import digest_of_weights
-from ofadiff.storage.files import read_metadata
 
 DESCRIPTION_NAME = "recordings.json"
 CALLS = "calls"

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import safe_open
+
+from ofadiff.reading.tensors import open_tensors
+from ofadiff.storage.pipeline_index import read_index
 
 # Weights that a copy leaves out: of a variant (`model.fp16.safetensors`), and in other formats.
 OTHER_WEIGHTS = re.compile(
@@ -31,7 +33,7 @@ def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Pat
         out: To write to.
         variant: Variant of the original's files.
     """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_index(folder)
     denoiser.save_pretrained(out / denoiser_name)
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name != denoiser_name]
     for name in parts:
@@ -41,7 +43,7 @@ def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Pat
             copy_component(folder / name, out / name)
         else:
             others = {other: None for other in index if isinstance(index[other], list) and other != name}
-            pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant, **others)
+            pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant, use_safetensors=True, **others)
             loaded = [path for path in weights if variant and re.search(rf"\.{re.escape(variant)}[.-]", path.name)]
             torch.nn.Module.to(pipeline.components[name], stored_dtype(loaded or plain)).save_pretrained(out / name)
     library = type(denoiser).__module__.partition(".")[0]
@@ -64,7 +66,7 @@ def stored_dtype(weights: Sequence[Path]) -> torch.dtype:
     """The floating-point dtype of weights in safetensors files; float32 for other files."""
     for path in weights:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
+            with open_tensors(path) as file:
                 dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
             return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
     return torch.float32
@@ -72,7 +74,7 @@ def stored_dtype(weights: Sequence[Path]) -> torch.dtype:
 
 def copy_pipeline(folder: Path, out: Path) -> None:
     """Copies a pipeline's components; `model_index.json` comes last, so a killed copy is none."""
-    components = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    components = read_index(folder)
     for component in components:
         if (folder / component).is_dir():
             shutil.copytree(folder / component, out / component, dirs_exist_ok=True)
