@@ -127,7 +127,7 @@ class ExtractedModel:
             stock = cls.__name__.removeprefix(PREFIX)
             raise ValueError(f"the config has no {WIDTHS_KEY!r}, so it is no extracted model; load it as {stock}")
         widths = config.pop(WIDTHS_KEY)
-        if not (isinstance(widths, Mapping) and all(is_kind(width, int) for width in widths.values())):
+        if not (isinstance(widths, dict) and all(is_kind(width, int) for width in widths.values())):
             raise ValueError(f"the config has the {WIDTHS_KEY} {shown(widths)}; they must be whole numbers by group")
         model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)  # type: ignore[misc]
         # Groups that the supernet left out stay at full width.

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 from PIL import Image
 
+from ofadiff.data.decoding import open_image
 from ofadiff.data.text import read_lines, read_text
 
 Arguments = dict[str, Any]
@@ -152,7 +153,7 @@ def _located(value: Any, folder: Path, where: str) -> Any:
     if not path.is_file():
         raise ValueError(f"{where} {path} is no file")
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{where} {path} is no image: {error}") from error
@@ -167,7 +168,7 @@ def opened(arguments: Mapping[str, Any]) -> Arguments:
 def _opened(value: Any) -> Any:
     if isinstance(value, list):
         return [_opened(entry) for entry in value]
-    return load_image(str(value)) if isinstance(value, Path) else value
+    return load_image(open_image(value)) if isinstance(value, Path) else value
 
 
 @contextmanager

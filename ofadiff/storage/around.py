@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
+from ofadiff.reading.names import check_links
 from ofadiff.reading.tensors import open_tensors
 from ofadiff.storage.pipeline_index import read_index
 
@@ -52,7 +53,12 @@ def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Pat
 
 
 def copy_component(folder: Path, out: Path) -> None:
-    """Copies a component's folder, without weights of variants and of other formats than safetensors."""
+    """Copies a component's folder, without weights of variants and of other formats than safetensors.
+
+    Raises:
+        ValueError: If it has links to what is not the pipeline's.
+    """
+    check_links(folder.parent)
     out.mkdir(parents=True, exist_ok=True)
     for path in folder.rglob("*"):
         known = OTHER_WEIGHTS.search(path.name) is None and not path.name.startswith(".")
@@ -73,7 +79,12 @@ def stored_dtype(weights: Sequence[Path]) -> torch.dtype:
 
 
 def copy_pipeline(folder: Path, out: Path) -> None:
-    """Copies a pipeline's components; `model_index.json` comes last, so a killed copy is none."""
+    """Copies a pipeline's components; `model_index.json` comes last, so a killed copy is none.
+
+    Raises:
+        ValueError: If it has links to what is not the pipeline's.
+    """
+    check_links(folder)
     components = read_index(folder)
     for component in components:
         if (folder / component).is_dir():
