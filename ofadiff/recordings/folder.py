@@ -78,18 +78,18 @@ class Recordings(Sequence[RecordedCall]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         number, entry = self._entries[index]
-        specs = entry["args"], entry["kwargs"], entry["answer"]
         path = call_file(self.folder, number)
-        with open_tensors(path) as file:
-            # Copied: kernels may round otherwise where memory is not aligned as PyTorch aligns it.
-            tensors = {name: file.get_tensor(name).clone() for name in set().union(*map(tensor_names, specs))}
-        damaged = sorted(name for name, tensor in tensors.items() if digest_of(tensor) != name)
-        if damaged:
-            raise ValueError(_damage(path, f"the content of its tensor {damaged[0]} is not what was recorded"))
+        specs = entry["args"], entry["kwargs"], entry["answer"]
         try:
+            with open_tensors(path) as file:
+                # Copied: kernels may round otherwise where memory is not aligned as PyTorch aligns it.
+                tensors = {name: file.get_tensor(name).clone() for name in set().union(*map(tensor_names, specs))}
+            changed = sorted(name for name, tensor in tensors.items() if digest_of(tensor) != name)
+            if changed:
+                raise ValueError(f"the content of its tensor {changed[0]} is not what was recorded")
             args, kwargs, answer = (from_spec(spec, tensors) for spec in specs)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(_damage(path, repr(error))) from error
+            raise ValueError(_damage(path, error)) from error
         return RecordedCall(args, kwargs, answer, self.parameters, self.dtype)
 
     def __iter__(self) -> Iterator[RecordedCall]:
@@ -177,16 +177,16 @@ def _contents(file: Path) -> list[Any]:
     try:
         contents = json.loads(read_metadata(file)[KEY])
     except (KeyError, RecursionError, ValueError) as error:
-        raise ValueError(_damage(file, repr(error))) from error
-    if not (
-        isinstance(contents, list) and all(isinstance(entry, dict) and entry.keys() >= ENTRY for entry in contents)
-    ):
+        raise ValueError(_damage(file, error)) from error
+    entries = contents if isinstance(contents, list) else [None]
+    if not all(isinstance(entry, dict) and entry.keys() >= ENTRY for entry in entries):
         raise ValueError(_damage(file, f"its calls are {shown(contents)}"))
     return contents
 
 
-def _damage(file: Path, what: str) -> str:
-    return f"{file} is damaged; remove it, and record its call again: {what}"
+def _damage(file: Path, what: Exception | str) -> str:
+    said = repr(what) if isinstance(what, KeyError | AttributeError) else what
+    return f"{file} is damaged; remove it, and record its call again: {said}"
 
 
 def check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
