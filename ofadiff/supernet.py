@@ -17,7 +17,7 @@ from ofadiff.adapters.loaded import is_adapted
 from ofadiff.adapters.size_adapter import SizeAdapter, load_size_adapters
 from ofadiff.basis.change import PERMUTATION, compact, load_basis
 from ofadiff.basis.rotation import check_not_rotated
-from ofadiff.channels import ChannelGroup, check_scores, check_widths
+from ofadiff.channels import ChannelGroup, check_groups, check_scores, check_widths
 from ofadiff.cutting import check_can_be_elastic, kept_by_module, make_model_elastic, permute_units
 from ofadiff.diffusers_hooks import empty_caches
 from ofadiff.extraction.extracted_model import ExtractedModel
@@ -71,6 +71,7 @@ class Supernet:
     ) -> None:
         if isinstance(model, ExtractedModel):
             raise ValueError(f"the model is an extracted {type(model).__name__}; compress the original model instead")
+        check_groups(model, groups)
         check_scores(groups, scores)
         for subnet in subnets:
             check_widths(groups, subnet.widths)

@@ -124,6 +124,9 @@ def _checked(
                 f"{where} has the argument {name!r}, which {pipeline_class.__name__} does not take; it takes "
                 f"{_listed(takes)}"
             )
+    steps = arguments.get("num_inference_steps", 1)
+    if steps is not None and not (isinstance(steps, int) and steps >= 1):
+        raise ValueError(f"{where} has num_inference_steps {steps!r}; it must be a whole number of at least 1")
     try:
         signature.bind(None, **arguments)
     except TypeError as error:
