@@ -232,17 +232,19 @@ def check_groups(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
     modules = dict(model.named_modules())
     for group in groups:
         for part in group.slices:
-            weight = getattr(modules.get(part.module), "weight", None)
-            if not isinstance(weight, torch.Tensor):
+            if part.module not in modules:
                 raise ValueError(
-                    f"{group.name} cuts {part.module}, which this {type(model).__name__} does not have; give the groups "
-                    "that find_channel_groups finds in it"
+                    f"{group.name} cuts {part.module}, which this {type(model).__name__} does not have; give the "
+                    "groups that find_channel_groups finds in it"
                 )
+            weight = getattr(modules[part.module], "weight", None)
+            if not isinstance(weight, torch.Tensor):
+                continue
             length = weight.shape[row_axis(weight.shape) if part.axis == "out" else min(1, weight.ndim - 1)]
             if part.start + part.length > length:
                 raise ValueError(
-                    f"{group.name} cuts {part.start + part.length} entries of {part.module}, which has {length} in this "
-                    f"{type(model).__name__}; give the groups that find_channel_groups finds in it"
+                    f"{group.name} cuts {part.start + part.length} entries of {part.module}, which has {length} in "
+                    f"this {type(model).__name__}; give the groups that find_channel_groups finds in it"
                 )
 
 

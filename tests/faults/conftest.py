@@ -35,8 +35,8 @@ def supernet_of(model):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """Folders that are as they should be: `original`, `checkpoint`, `size`, `text`, `images`, `captioned`, `recordings`,
-    and files `prompts.txt`, `calls.jsonl`.
+    """Folders that are as they should be: `original`, `checkpoint`, `size`, `text`, `images`, `captioned` and
+    `recordings`, and files `prompts.txt` and `calls.jsonl`.
     """
     folder = tmp_path_factory.mktemp("whole")
     scheduler = DDPMScheduler(num_train_timesteps=50)

@@ -82,7 +82,7 @@ def test_no_pickle_is_opened(under, place):
             with pytest.raises((OSError, ValueError)):
                 door()
     for file in (place / "checkpoint").rglob("*.bin"):
-        with pytest.raises(ValueError, match="cannot be read|no file of reference statistics"):
+        with pytest.raises(ValueError, match="no file of reference statistics"):
             FeatureStatistics.load(file)
     assert not mark.exists()
 
