@@ -24,8 +24,7 @@ OTHER_WEIGHTS = re.compile(
 def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Path, variant: str | None = None) -> None:
     """Writes the original pipeline with another denoiser; every other component stays what it was, byte for byte.
 
-    Where that cannot be (files of a variant, or no safetensors), it is loaded in the dtype that it is stored in and
-    saved.
+    Where that cannot be (files of a variant), it is loaded in the dtype that it is stored in and saved.
 
     Args:
         denoiser_name: The component that is replaced.
@@ -38,7 +37,7 @@ def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Pat
     denoiser.save_pretrained(out / denoiser_name)
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name != denoiser_name]
     for name in parts:
-        weights = [path for path in (folder / name).glob("*") if path.suffix in (".safetensors", ".bin")]
+        weights = [path for path in (folder / name).glob("*") if path.suffix == ".safetensors"]
         plain = [path for path in weights if not OTHER_WEIGHTS.search(path.name)]
         if not weights or (variant is None and plain):
             copy_component(folder / name, out / name)
@@ -69,12 +68,11 @@ def copy_component(folder: Path, out: Path) -> None:
 
 
 def stored_dtype(weights: Sequence[Path]) -> torch.dtype:
-    """The floating-point dtype of weights in safetensors files; float32 for other files."""
+    """The floating-point dtype of weights in safetensors files; float32 where there are none."""
     for path in weights:
-        if path.suffix == ".safetensors":
-            with open_tensors(path) as file:
-                dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
-            return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+        with open_tensors(path) as file:
+            dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
     return torch.float32
 
 
