@@ -140,7 +140,14 @@ def _class_of(folder: Path, name: str, library: str, class_name: str) -> Any:
         raise ValueError(
             f"{folder / INDEX_NAME} names {class_name} of {library} for its {name}, which it does not have"
         )
-    return found if inspect.isclass(found) else None
+    cls = found if inspect.isclass(found) else None
+    own = library not in LIBRARIES and not _is_pipeline_module(library)
+    if own and (cls is None or not issubclass(cls, (nn.Module, diffusers.ConfigMixin))):
+        raise ValueError(
+            f"{folder / INDEX_NAME} names {class_name} of {library} for its {name}, which is no model and nothing of "
+            "diffusers' kind"
+        )
+    return cls
 
 
 def _check_configs(folder: Path, class_name: str) -> None:

@@ -259,7 +259,7 @@ COMMANDS = [
     Case("record: an output of something else", RECORD.replace("{out}", "{images}"), ("images",)),
     Case("app: no checkpoint", "app {original}", ("no OFA checkpoint",), marks=("gradio",)),
     Case("app: a port that is none", "app {checkpoint} --port 70000", ("port", "70000", "65535")),
-    Case("architectures: an output that is a folder", "architectures --output {images}", ("images",)),
+    Case("architectures: an output that is a folder", "architectures --output {images}", ("--output", "images is a folder")),
 ]
 
 FILES = [
