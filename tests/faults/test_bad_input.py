@@ -259,7 +259,11 @@ COMMANDS = [
     Case("record: an output of something else", RECORD.replace("{out}", "{images}"), ("images",)),
     Case("app: no checkpoint", "app {original}", ("no OFA checkpoint",), marks=("gradio",)),
     Case("app: a port that is none", "app {checkpoint} --port 70000", ("port", "70000", "65535")),
-    Case("architectures: an output that is a folder", "architectures --output {images}", ("--output", "images is a folder")),
+    Case(
+        "architectures: an output that is a folder",
+        "architectures --output {images}",
+        ("--output", "images is a folder"),
+    ),
 ]
 
 FILES = [
@@ -431,7 +435,7 @@ FILES = [
     Case(
         "an adapter without alpha",
         whole_checkpoint,
-        ("'lora_alpha'",),
+        ("lora_alpha None",),
         lambda p: adapter(p, config={"lora_alpha": None}, **{UP: torch.zeros(5, 2)}),
     ),
     Case(
@@ -696,7 +700,7 @@ def test_a_command_says_what_is_wrong_in_one_line(case, place, capsys, monkeypat
 
 @pytest.mark.parametrize("case", FILES + PUBLIC, ids=lambda case: case.name)
 def test_a_function_says_what_is_wrong(case, place, monkeypatch):
-    for name in ("checkpoint", "prompts.txt"):
+    for name in ("checkpoint", "images", "prompts.txt", "recordings"):
         _ = place / name
     if case.breaks is not None:
         case.breaks(place)
