@@ -20,7 +20,6 @@ from ofadiff.noise.noisy_samples import ForwardProcess
 from ofadiff.reading.json_file import read_object
 from ofadiff.sizes import CONFIG_NAME
 from ofadiff.storage.model_classes import model_class
-from ofadiff.storage.pipeline_index import read_index
 from ofadiff.storage.strangers import check_no_code, check_pipeline, empty_model
 
 
@@ -137,7 +136,7 @@ def read_original(
     kinds = trainable_kinds() if kinds is None else kinds
     check_pipeline_folder(name, kinds)
     if Path(name).is_dir():
-        read_index(name)
+        check_no_code(name)
     with _loading(name, kinds):
         index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
     found = kind_of_pipeline(index, kinds)
