@@ -28,9 +28,10 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     for name, value in index.items():
         if not re.fullmatch(r"\w+", name):
             raise ValueError(f"{path} has the component {shown(name)}; its name must be a plain word")
-        is_component = not name.startswith("_") and (isinstance(value, list) or (Path(folder) / name).is_dir())
+        of_two = isinstance(value, list) and len(value) == 2 and any(isinstance(entry, str | None) for entry in value)
+        is_component = not name.startswith("_") and (of_two or (Path(folder) / name).is_dir())
         absent = value == [None, None]
-        pair = isinstance(value, list) and len(value) == 2 and all(isinstance(entry, str) for entry in value)
+        pair = of_two and all(isinstance(entry, str) for entry in value)
         if is_component and not (pair or absent):
             raise ValueError(f"{path} says {shown(value)} of its {name}; it must be a library and a class")
     return index
