@@ -144,10 +144,11 @@ class SizeAdapter:
         modules = dict(model.named_modules())
         for name, update in self.updates.items():
             weight = modules[name].weight if name in modules else None
-            expected = (update.up.shape[0], update.down.shape[1])
-            if not isinstance(weight, torch.Tensor) or tuple(weight.shape[:2]) != expected:
-                found = None if weight is None else tuple(weight.shape)
-                raise ValueError(f"the adapter has an update of {expected} for {name}, whose weight is {found}")
+            found = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
+            if not isinstance(weight, torch.Tensor) or update.shape != found:
+                raise ValueError(
+                    f"the adapter has an update of shape {update.shape} for {name}, whose weight is {found}"
+                )
             weight.copy_(update.add_to(weight))
 
 

@@ -19,7 +19,7 @@ from ofadiff.sizes import Subnet
 from ofadiff.storage.files import weight_files
 from ofadiff.storage.ofa_config import read_ofa_config
 from ofadiff.storage.strangers import check_model
-from ofadiff.storage.structure import check_fingerprints, check_structure
+from ofadiff.storage.structure import check_basis, check_fingerprints, check_structure
 
 # What was read of a file stays resident while it is open, and opening it takes a millisecond or two.
 TENSORS_PER_OPENING = 16
@@ -69,6 +69,7 @@ def load_extracted(
     if adapter is not None:
         adapter.merge_into(small)
     small.ofa_basis = load_basis(directory)
+    check_basis(groups, small.ofa_basis, directory)
     return small
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ofadiff.basis.change import BASIS_NAME, load_basis
+from ofadiff.basis.change import BASIS_NAME, PERMUTATION, load_basis
 from ofadiff.channels import ChannelGroup, Slice
 from ofadiff.reading.json_file import check_object
 from ofadiff.reading.tensors import read_metadata
@@ -104,3 +104,23 @@ def check_fingerprints(groups: Sequence[ChannelGroup], saved: list[dict[str, Any
             f"{directory / CONFIG_NAME} was made for other channel groups than this model has; first difference: "
             f"{differing[0] if differing else 'their order'}"
         )
+
+
+def check_basis(groups: Sequence[ChannelGroup], basis: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """Raises ValueError unless a basis has an order of the units of every group, or matrices of their number."""
+    for group in groups:
+        order = basis.get(f"{group.name}.{PERMUTATION}")
+        if order is not None:
+            if sorted(order.flatten().tolist()) != list(range(group.width)):
+                raise ValueError(
+                    f"{directory / BASIS_NAME} has an order of {group.name} that is none of its {group.width} units"
+                )
+            continue
+        for part in group.slices:
+            matrices = basis.get(f"{group.name}.{part.basis}")
+            if matrices is None or matrices.ndim != 3 or tuple(matrices.shape[1:]) != (part.units, part.units):
+                found = None if matrices is None else tuple(matrices.shape)
+                raise ValueError(
+                    f"{directory / BASIS_NAME} has {part.basis or 'an order'} of {group.name} of shape {found}; it "
+                    f"must be (heads, {part.units}, {part.units})"
+                )

@@ -91,4 +91,9 @@ class SingleSize:
         self.check(directory)
         saved = read_tensors(Path(directory) / WEIGHTS_NAME)
         for name, weight in trained_weights(self.model).items():
+            found = tuple(saved[name].shape) if name in saved else None
+            if found != tuple(weight.shape):
+                raise ValueError(
+                    f"{Path(directory) / WEIGHTS_NAME} has {name} of shape {found}; this run's is {tuple(weight.shape)}"
+                )
             weight.copy_(saved[name])
