@@ -70,6 +70,7 @@ def check_pipeline(
         own_class: The user has said where the pipeline's class is; the folder may name any.
 
     Raises:
+        FileNotFoundError: If a model has no weights.
         ValueError: If a class is no installed library's, weights are no safetensors, are damaged or do not fit their
             configuration, or a configuration is none or asks for more than the weights hold.
         ImportError: If a library that it needs is not installed.
@@ -201,7 +202,8 @@ def check_model(folder: str | Path, cls: Any, variant: str | None = None) -> Non
         variant: Variant of the weight files, such as `"fp16"`; without files of it there, the plain ones count.
 
     Raises:
-        ValueError: If there are no safetensors, one is damaged, or the configuration is none, or asks for other shapes
+        FileNotFoundError: If there are no weights.
+        ValueError: If they are no safetensors, one is damaged, or the configuration is none, or asks for other shapes
             or more than the weights hold.
     """
     folder = Path(folder)
@@ -241,6 +243,8 @@ def stored_shapes(folder: Path, cls: Any, variant: str | None = None) -> dict[st
     except FileNotFoundError as error:
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
         others = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not (pickles or others):
+            raise
         reason = f"; {pickles[0]} is not opened: pickles run what is in them" if pickles else ""
         reason += f"; there is {others[0]}: is its variant meant?" if others and not own else ""
         raise ValueError(f"{error}{reason}") from error
