@@ -227,6 +227,27 @@ def slices_by_module(groups: Sequence[ChannelGroup]) -> dict[str, list[tuple[str
     return found
 
 
+def check_groups(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+    """Raises ValueError if groups are those of another model: it lacks a module that they cut, or has a smaller one."""
+    modules = dict(model.named_modules())
+    for group in groups:
+        for part in group.slices:
+            if part.module not in modules:
+                raise ValueError(
+                    f"{group.name} cuts {part.module}, which this {type(model).__name__} does not have; give the "
+                    "groups that find_channel_groups finds in it"
+                )
+            weight = getattr(modules[part.module], "weight", None)
+            if not isinstance(weight, torch.Tensor):
+                continue
+            length = weight.shape[row_axis(weight.shape) if part.axis == "out" else min(1, weight.ndim - 1)]
+            if part.start + part.length > length:
+                raise ValueError(
+                    f"{group.name} cuts {part.start + part.length} entries of {part.module}, which has {length} in "
+                    f"this {type(model).__name__}; give the groups that find_channel_groups finds in it"
+                )
+
+
 def check_widths(groups: Sequence[ChannelGroup], widths: dict[str, int]) -> None:
     """Raises ValueError unless `widths` gives every group, and nothing else, between 1 (0: dropped) and all units."""
     names = {group.name for group in groups}

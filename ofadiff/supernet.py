@@ -17,7 +17,7 @@ from ofadiff.adapters.loaded import is_adapted
 from ofadiff.adapters.size_adapter import SizeAdapter, load_size_adapters
 from ofadiff.basis.change import PERMUTATION, compact, load_basis
 from ofadiff.basis.rotation import check_not_rotated
-from ofadiff.channels import ChannelGroup, check_scores, check_widths
+from ofadiff.channels import ChannelGroup, check_groups, check_scores, check_widths
 from ofadiff.cutting import check_can_be_elastic, kept_by_module, make_model_elastic, permute_units
 from ofadiff.diffusers_hooks import empty_caches
 from ofadiff.extraction.extracted_model import ExtractedModel
@@ -27,7 +27,7 @@ from ofadiff.quantized import active_parameter, check_not_quantized
 from ofadiff.size_schedule import SizeSchedule, check_schedule
 from ofadiff.sizes import SizeTable, Subnet
 from ofadiff.storage.ofa_config import load_model, read_ofa_config, read_schedules
-from ofadiff.storage.structure import check_fingerprints, check_structure
+from ofadiff.storage.structure import check_basis, check_fingerprints, check_structure
 from ofadiff.supernet_model import SupernetModel, supernet_class, unwrapped
 from ofadiff.supernet_state import SupernetState
 from ofadiff.unet_elastic import find_channel_groups
@@ -71,6 +71,7 @@ class Supernet:
     ) -> None:
         if isinstance(model, ExtractedModel):
             raise ValueError(f"the model is an extracted {type(model).__name__}; compress the original model instead")
+        check_groups(model, groups)
         check_scores(groups, scores)
         for subnet in subnets:
             check_widths(groups, subnet.widths)
@@ -389,11 +390,16 @@ class Supernet:
         groups = [group for group in find_channel_groups(model) if group.name in saved]
         check_fingerprints(groups, values["groups"], directory)
         check_structure(directory, values, kwargs.get("variant"))
+        basis = load_basis(directory)
+        check_basis(groups, basis, directory)
         make_model_elastic(model, groups)
         supernet = cls.__new__(cls)
-        supernet._build(model, groups, SizeTable.from_dict(values), load_basis(directory), values["provenance"])
+        supernet._build(model, groups, SizeTable.from_dict(values), basis, values["provenance"])
         for name, schedule in read_schedules(values, directory).items():
             supernet.set_schedule(name, schedule)
         for size, adapter in load_size_adapters(directory, supernet.sizes).items():
-            supernet.set_size_adapter(size, adapter)
+            try:
+                supernet.set_size_adapter(size, adapter)
+            except TypeError as error:
+                raise ValueError(f"{directory} has an adapter for size {size:g} that cannot be: {error}") from error
         return supernet

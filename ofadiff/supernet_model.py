@@ -16,10 +16,11 @@ from torch import nn
 from ofadiff.adapters.loaded import check_is_lora, is_adapted, loaded_adapters, without_offloading
 from ofadiff.basis.change import BASIS_NAME
 from ofadiff.quantized import check_not_quantized
+from ofadiff.reading.tensors import read_metadata
 from ofadiff.sizes import CONFIG_NAME
 from ofadiff.stand_ins.equality import SupernetType, stock_class
 from ofadiff.stand_ins.refusals import check_not_tensor_parallel, refusals
-from ofadiff.storage.files import add_to_safetensors, read_metadata, written_aside
+from ofadiff.storage.files import add_to_safetensors, written_aside
 from ofadiff.storage.hub import upload
 from ofadiff.storage.ofa_config import ADAPTERS_NAME
 from ofadiff.storage.structure import STRUCTURE, WEIGHTS, structure_of, structure_of_folder

@@ -14,12 +14,14 @@ from torch import nn
 
 from ofadiff.adapters.loaded import loaded_adapters
 from ofadiff.adapters.size_adapter import SizeAdapter, save_size_adapters
-from ofadiff.basis.change import save_basis
+from ofadiff.basis.change import BASIS_NAME, save_basis
 from ofadiff.channels import ChannelGroup, Slice
 from ofadiff.cutting import kept_by_module
+from ofadiff.reading.names import check_stays
+from ofadiff.reading.tensors import read_metadata
 from ofadiff.size_schedule import SizeSchedule
 from ofadiff.sizes import CONFIG_NAME, SizeTable
-from ofadiff.storage.files import add_to_safetensors, read_metadata
+from ofadiff.storage.files import add_to_safetensors
 from ofadiff.storage.ofa_config import FORMAT_VERSION
 from ofadiff.storage.structure import STRUCTURE, WEIGHTS, fingerprint, structure_of
 
@@ -155,6 +157,8 @@ class SupernetState:
         Raises:
             ValueError: If weights of another supernet lie there.
         """
+        for name in (CONFIG_NAME, BASIS_NAME):
+            check_stays(folder / name, folder)
         values = self.metadata()
         structure = structure_of(values, self.basis)
         for file in folder.glob(f"{WEIGHTS}*.safetensors"):

@@ -16,9 +16,12 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ofadiff.layers import LowRankUpdate
+from ofadiff.reading.json_file import check_object, read_object
+from ofadiff.reading.names import check_stays
+from ofadiff.reading.tensors import read_tensors
 from ofadiff.storage.files import written_aside
 from ofadiff.storage.ofa_config import ADAPTERS_NAME
 
@@ -79,6 +82,7 @@ class SizeAdapter:
         Raises:
             ValueError: If it is no plain LoRA.
         """
+        check_object(config, "an adapter's config", {"peft_type": str, "lora_alpha": float})
         plain = config["peft_type"] == "LORA" and not config.get("alpha_pattern")
         if not plain or config.get("init_lora_weights", True) not in INITIALISATIONS:
             raise ValueError(
@@ -92,9 +96,14 @@ class SizeAdapter:
             raise ValueError(f"the adapter has {min(unknown, default='no weights')!r}; a size takes a plain LoRA")
         updates = {}
         for name in names:
-            rank = state_dict[name + DOWN].shape[0]
+            down, up = state_dict[name + DOWN], state_dict.get(name + UP)
+            fits = up is not None and min(down.ndim, up.ndim) >= 2 and down.shape[0] == up.shape[1] > 0
+            if up is None or not fits:
+                shapes = f"{tuple(down.shape)} and {None if up is None else tuple(up.shape)}"
+                raise ValueError(f"the adapter has weights of shapes {shapes} for {name}; they must share their rank")
+            rank = down.shape[0]
             scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            updates[name] = LowRankUpdate(state_dict[name + DOWN], state_dict[name + UP], scaling)
+            updates[name] = LowRankUpdate(down, up, scaling)
         return cls(config, updates)
 
     @classmethod
@@ -105,8 +114,8 @@ class SizeAdapter:
             FileNotFoundError: If one of them is missing.
             ValueError: If it is no plain LoRA.
         """
-        config = json.loads((Path(directory) / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
-        state_dict = load_file(Path(directory) / ADAPTER_WEIGHTS_NAME)
+        config = read_object(Path(directory) / ADAPTER_CONFIG_NAME)
+        state_dict = read_tensors(Path(directory) / ADAPTER_WEIGHTS_NAME)
         return cls.from_state_dict(config, {key.removeprefix(PREFIX): value for key, value in state_dict.items()})
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -127,9 +136,19 @@ class SizeAdapter:
 
     @torch.no_grad()
     def merge_into(self, model: ModelMixin) -> None:
-        """Adds it to the weights of the extracted model that it belongs to, in place."""
+        """Adds it to the weights of the extracted model that it belongs to, in place.
+
+        Raises:
+            ValueError: If the model has no such layer, or one of other shape.
+        """
+        modules = dict(model.named_modules())
         for name, update in self.updates.items():
-            weight = model.get_submodule(name).weight
+            weight = modules[name].weight if name in modules else None
+            found = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
+            if not isinstance(weight, torch.Tensor) or update.shape != found:
+                raise ValueError(
+                    f"the adapter has an update of shape {update.shape} for {name}, whose weight is {found}"
+                )
             weight.copy_(update.add_to(weight))
 
 
@@ -143,12 +162,14 @@ def save_size_adapter(adapter: SizeAdapter, directory: str | Path, size: float) 
 
     A kill leaves whole adapters only.
     """
+    check_stays(adapter_folder(directory, size), Path(directory))
     with written_aside(adapter_folder(directory, size)) as folder:
         adapter.save_pretrained(folder)
 
 
 def save_size_adapters(adapters: Mapping[float, SizeAdapter], directory: str | Path) -> None:
     """Makes a denoiser's folder hold these adapters and no others; a kill takes away none that stays."""
+    check_stays(Path(directory) / ADAPTERS_NAME, Path(directory))
     for size, adapter in adapters.items():
         save_size_adapter(adapter, directory, size)
     kept = {adapter_folder(directory, size) for size in adapters}

@@ -17,7 +17,7 @@ from torch import nn
 from ofadiff.allocation.budgets import BUDGETS, COSTS, budget_widths
 from ofadiff.allocation.equation_5 import paper_widths
 from ofadiff.allocation.width_ladders import ladders
-from ofadiff.channels import ChannelGroup, check_scores
+from ofadiff.channels import ChannelGroup, check_groups, check_scores
 from ofadiff.denoisers.inputs import Inputs
 from ofadiff.profiling.cost import UnitCosts, count_macs, unit_costs
 from ofadiff.profiling.latency import LatencyCosts, measure_latency_costs
@@ -78,6 +78,7 @@ def allocate(
     """
     _checked_sizes(sizes)
     _check_options(budget, min_keep, alignment)
+    check_groups(model, groups)
     check_scores(groups, scores)
     costs = unit_costs(model, groups, inputs)
     if budget == "macs" and costs.macs is None:

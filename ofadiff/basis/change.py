@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ofadiff.channels import Slice, row_axis
+from ofadiff.reading.tensors import read_tensors
 
 PERMUTATION = "permutation"
 
@@ -96,8 +97,9 @@ def load_basis(directory: str | Path) -> dict[str, torch.Tensor]:
 
     Raises:
         FileNotFoundError: If there is none.
+        ValueError: If it is damaged.
     """
-    return load_file(Path(directory) / BASIS_NAME)
+    return read_tensors(Path(directory) / BASIS_NAME)
 
 
 def inverse_transpose(matrices: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ofadiff.basis.change import change_module, inverse_transpose
-from ofadiff.channels import ChannelGroup, Slice
+from ofadiff.channels import ChannelGroup, Slice, check_groups
 
 # Above this condition number of a factor, M would blow up rounding errors (and adapters that pass through it).
 MAX_CONDITION = 1e5
@@ -42,13 +42,14 @@ def rotate_attention(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
         groups: Its channel groups.
 
     Raises:
-        ValueError: If a group, or the model's attention, was rotated before.
+        ValueError: If a group, or the model's attention, was rotated before, or the groups are another model's.
 
     Example:
         >>> rotate_attention(unet, groups)
         >>> sorted(next(group for group in groups if group.rotatable).basis)
         ['query_key', 'value_output']
     """
+    check_groups(model, groups)
     for group in groups:
         if group.basis is not None:
             raise ValueError(f"{group.name} is rotated already; rotate_attention may run once")

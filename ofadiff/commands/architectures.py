@@ -22,7 +22,13 @@ class Page(Bundle):
 
 
 def write_architectures(*, where: Page = Page()) -> None:
-    """Say which denoisers of the installed diffusers can be compressed, and how far, as a Markdown page."""
+    """Say which denoisers of the installed diffusers can be compressed, and how far, as a Markdown page.
+
+    Raises:
+        ValueError: If the page is to go where a folder is; before anything is counted.
+    """
+    if where.output is not None and where.output.is_dir():
+        raise ValueError(f"--output {where.output} is a folder; it must be a file")
     text = page(architectures())
     if where.output is None:
         print(text, end="")

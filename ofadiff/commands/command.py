@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from cyclopts import App, CycloptsError, Parameter, ValidationError
 from cyclopts.config import Yaml
 
@@ -55,8 +56,20 @@ def call(app: App, words: Sequence[str]) -> Any:
             break
     if path is not None and not Path(path).is_file():
         raise ValueError(f"cannot read --config {path}: there is no such file")
+    if path is not None:
+        check_yaml(path)
     app.config = () if path is None else (Yaml(path, use_commands_as_keys=False),)
     return app(words, exit_on_error=False, print_error=False, result_action="return_value")
+
+
+def check_yaml(path: str) -> None:
+    """Raises ValueError unless a file is YAML with flags and their values."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"cannot read --config {path}: it is no YAML: {error}") from error
+    if not (values is None or isinstance(values, dict)):
+        raise ValueError(f"cannot read --config {path}: it holds a {type(values).__name__}, not lines of `flag: value`")
 
 
 def main(app: App, words: Sequence[str] | None = None) -> Any:

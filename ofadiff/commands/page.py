@@ -16,7 +16,8 @@ from ofadiff.page.blocks import check_gradio, make_page
 from ofadiff.page.form import Form
 from ofadiff.page.playground import Playground
 from ofadiff.page.server import check_address, serve, until_interrupted
-from ofadiff.storage.pipeline_folder import check_no_code, find_denoisers
+from ofadiff.storage.pipeline_folder import find_denoisers
+from ofadiff.storage.strangers import check_no_code
 from ofadiff.values import PORT, Bundle, one_of
 
 # Devices that pictures can be drawn on, and whether they are there.

@@ -53,7 +53,7 @@ def open_image(value: Any) -> Image.Image:
 
     Raises:
         OSError: If there is no such file, or Pillow cannot read it.
-        ValueError: If the value is none of these.
+        ValueError: If the value is none of these, or an image of more pixels than Pillow takes for an attack.
     """
     if isinstance(value, Image.Image):
         return value
@@ -61,15 +61,22 @@ def open_image(value: Any) -> Image.Image:
         content = value.get("bytes")
         value = value.get("path") if content is None else content
     if isinstance(value, bytes | bytearray | memoryview):
-        return Image.open(io.BytesIO(value))
+        return _opened(io.BytesIO(value))
     if isinstance(value, str | Path):
-        return Image.open(value)
+        return _opened(value)
     if isinstance(value, np.ndarray | torch.Tensor | list):
         return _from_pixels(np.asarray(value))
     raise ValueError(
         f"it is a {type(value).__name__}; an image is a Pillow image, encoded bytes, a path, a struct of bytes and "
         "path, or an array of pixels"
     )
+
+
+def _opened(file: Any) -> Image.Image:
+    try:
+        return Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"it claims more pixels than are decoded: {error}") from error
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:

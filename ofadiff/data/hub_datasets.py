@@ -15,6 +15,9 @@ from ofadiff.data.decoding import open_image
 from ofadiff.data.images import Images, find_files, find_images, reason_of
 from ofadiff.data.shards import TarShards
 
+# Files that a pattern with numbers may stand for.
+MOST_FILES = 1_000_000
+
 # Folders of these names hold splits of a data set, as `datasets` takes them.
 SPLITS = {
     *("train", "training"),
@@ -148,10 +151,16 @@ def files_of_folder(folder: Path, split: str) -> dict[str, list[str]] | None:
 
 
 def numbered_files(pattern: str) -> list[str]:
-    """What `{000..099}` in a name stands for, as in a shell; a name without it stands for itself."""
+    """What `{000..099}` in a name stands for, as in a shell; a name without it stands for itself.
+
+    Raises:
+        ValueError: If the second number is less than the first, or there are far too many.
+    """
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if found is None:
         return [pattern]
     first, last = found.groups()
+    if not 0 <= int(last) - int(first) < MOST_FILES:
+        raise ValueError(f"{pattern} stands for no files, or for more than {MOST_FILES:,}; write it as in {{000..099}}")
     numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
     return [pattern[: found.start()] + number + pattern[found.end() :] for number in numbers]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -21,6 +20,8 @@ from tqdm.auto import tqdm
 from ofadiff.data.captioned_images import TextToImageData
 from ofadiff.data.order import Key
 from ofadiff.denoisers.encoder import Encoder
+from ofadiff.reading.json_file import read_object
+from ofadiff.reading.tensors import open_tensors
 
 DESCRIPTION = "latents.json"
 EMPTY_CAPTION = "empty_caption.safetensors"
@@ -48,7 +49,7 @@ class LatentCache:
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.glob("[!.]*"))):
                 raise ValueError(f"{folder} is no folder of cached latents: it has no {DESCRIPTION}, and is not empty")
             return
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_object(path)
         for name in description:
             if saved.get(name) != description[name]:
                 raise ValueError(
@@ -148,7 +149,7 @@ class LatentData(Dataset[dict[str, Any]]):
         index, seed = self.data.indices[key[0]], key[1]
         flip, caption = self.data.draw_flip(seed), self.data.draw_caption(index, seed)
         path = self.cache.path(index)
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             image = {name: file.get_slice(name)[int(flip)] for name in LATENTS}
             image["time_ids"] = file.get_tensor("time_ids")
         text = _read_text(self.cache.folder / EMPTY_CAPTION, 0) if caption is None else _read_text(path, caption)
@@ -157,6 +158,6 @@ class LatentData(Dataset[dict[str, Any]]):
 
 def _read_text(path: Path, row: int) -> dict[str, torch.Tensor]:
     """The text of one caption: whatever a file holds beside the image."""
-    with safe_open(path, "pt") as file:
+    with open_tensors(path) as file:
         names = set(file.keys()) - {*LATENTS, "time_ids"}
         return {name: file.get_slice(name)[row] for name in names}

@@ -22,6 +22,9 @@ KEY, URL, ERROR = "__key__", "__url__", "__error__"
 # How a member's name falls into the sample's and the column's.
 MEMBER = re.compile(r"((?:.*/)?[^/.][^/.]*)\.([^/]+)")
 
+# Bytes of a member that are read; one that claims more is no image or caption, and what is compressed may claim any.
+MOST_BYTES = 2**28
+
 # Examples that are looked at to learn what columns there are.
 LOOKED_AT = 5
 
@@ -129,13 +132,16 @@ def _examples(tar: tarfile.TarFile, url: str) -> Iterator[Example]:
         if example and example[KEY] != key:
             yield example
             example = {}
+        example |= {KEY: key, URL: url}
+        if member.size > MOST_BYTES:
+            example[ERROR] = f"{member.name} has {member.size:,} bytes; at most {MOST_BYTES:,} are read"
+            continue
         content = tar.extractfile(member)
         assert content is not None  # of a file
         read = content.read()
         if len(read) < member.size:
             raise tarfile.ReadError(f"unexpected end of data in {member.name}")
-        example = {**(example or {}), column.lower(): read}
-        example |= {KEY: key, URL: url}
+        example[column.lower()] = read
     if example:
         yield example
 

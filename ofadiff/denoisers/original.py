@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
 
 from ofadiff.denoisers.encoder import AUTOENCODERS, spatial_compression
@@ -19,8 +17,10 @@ from ofadiff.denoisers.recorded import recorded_kind
 from ofadiff.denoisers.table import kind_of_pipeline, pipelines_in_words, trainable_kinds
 from ofadiff.noise.choice import forward_process_of, make_noise_scheduler
 from ofadiff.noise.noisy_samples import ForwardProcess
+from ofadiff.reading.json_file import read_object
 from ofadiff.sizes import CONFIG_NAME
 from ofadiff.storage.model_classes import model_class
+from ofadiff.storage.strangers import check_no_code, check_pipeline, empty_model
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class Original:
         if "safety_checker" in index:
             without |= {"safety_checker": None, "requires_safety_checker": False}
         with _loading(self.name, [self.kind]):
-            pipeline = DiffusionPipeline.from_pretrained(self.folder, variant=self.variant, **without)
+            pipeline = DiffusionPipeline.from_pretrained(
+                self.folder, variant=self.variant, use_safetensors=True, **without
+            )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -133,6 +135,8 @@ def read_original(
     """
     kinds = trainable_kinds() if kinds is None else kinds
     check_pipeline_folder(name, kinds)
+    if Path(name).is_dir():
+        check_no_code(name)
     with _loading(name, kinds):
         index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
     found = kind_of_pipeline(index, kinds)
@@ -146,11 +150,13 @@ def read_original(
     with _loading(name, kinds):
         folder = Path(name)
         if not folder.is_dir():
-            options = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
+            options = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "use_safetensors": True}
             folder = Path(DiffusionPipeline.download(name, **options))
+    check_pipeline(folder, variant, {**absent_components(index), "safety_checker": None})
+    with _loading(name, kinds):
         scheduler = DDPMScheduler.load_config(folder, subfolder="scheduler")
-        denoiser = _empty_model(denoiser_class, folder / component)
-        vae = _empty_model(_autoencoder_class(folder / "vae"), folder / "vae") if index.get("vae") else None
+        denoiser = empty_model(folder / component, denoiser_class)
+        vae = empty_model(folder / "vae", _autoencoder_class(folder / "vae")) if index.get("vae") else None
     original = Original(name, folder, variant, kind, component, denoiser, vae, scheduler)
     _check_channels(original)
     return original
@@ -178,6 +184,8 @@ def read_any_original(
     expected = "a diffusers pipeline"
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         raise ValueError(f"{name} is not the folder of {expected}; it has no model_index.json")
+    if Path(name).is_dir():
+        check_no_code(name)
     try:
         index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
         parts = {part: value for part, value in index.items() if isinstance(value, (list, tuple)) and value[1]}
@@ -185,9 +193,10 @@ def read_any_original(
         found = find_component(classes, component, index["_class_name"])
         folder = Path(name)
         if not folder.is_dir():
-            options = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
+            options = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "use_safetensors": True}
             folder = Path(DiffusionPipeline.download(name, **options))
-        denoiser = _empty_model(classes[found], folder / found)
+        check_no_code(folder)
+        denoiser = empty_model(folder / found, classes[found])
     except (AttributeError, OSError) as error:
         raise cannot_load(name, expected, error) from error
     kind = recorded_kind(denoiser, index["_class_name"], found)
@@ -199,7 +208,7 @@ def check_pipeline_folder(name: str, kinds: Sequence[DenoiserKind]) -> None:
     folder = Path(name)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         config = folder / "config.json"
-        alone = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.is_file() else None
+        alone = read_object(config).get("_class_name") if config.is_file() else None
         found = f"it is the folder of a single {alone}" if alone else "it has no model_index.json"
         raise ValueError(f"{name} is not the folder of {pipelines_in_words(kinds)}; {found}")
 
@@ -245,12 +254,6 @@ def _denoiser_class(kind: DenoiserKind) -> Any:
             "ofadiff.storage.model_classes"
         )
     return found
-
-
-def _empty_model(cls: Any, folder: Path) -> ModelMixin:
-    """A model without its weights."""
-    with torch.device("meta"):
-        return cls.from_config(cls.load_config(folder))
 
 
 def _autoencoder_class(folder: Path) -> Any:

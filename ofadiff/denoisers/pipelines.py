@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from torch import nn
 from ofadiff.denoisers.table import component_names, kind_of_model
 from ofadiff.stand_ins.equality import stock_class
 from ofadiff.storage.model_classes import MODEL_CLASSES, model_class
+from ofadiff.storage.pipeline_index import read_index
 from ofadiff.supernet_model import unwrapped
 
 # Where diffusers keeps its denoisers; a few lie beside their pipeline, under such names.
@@ -93,7 +93,7 @@ def check_found_by_diffusers(folder: Path, component: str, denoiser: type[ModelM
         ValueError: If the module that is named is not imported, or lacks the class or `ModelMixin`.
     """
     index = folder / "model_index.json"
-    library, name = json.loads(index.read_text(encoding="utf-8"))[component]
+    library, name = read_index(folder)[component]
     if library is None or _is_of_diffusers(library):
         return
     module = sys.modules.get(library)

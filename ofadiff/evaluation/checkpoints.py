@@ -11,6 +11,7 @@ from ofadiff.denoisers.pipelines import class_count
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
 from ofadiff.sizes import CONFIG_NAME
 from ofadiff.storage.pipeline_folder import local_folder
+from ofadiff.storage.strangers import check_pipeline
 
 
 def pipeline_folder(name: str) -> str:
@@ -29,7 +30,8 @@ def open_pipeline(folder: str, dtype: torch.dtype, device: torch.device) -> Diff
     if any(Path(folder).glob(f"*/{CONFIG_NAME}")):
         pipeline = OFAPipeline.from_pretrained(folder)
     else:
-        pipeline = DiffusionPipeline.from_pretrained(folder)
+        check_pipeline(folder)
+        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
         if type(pipeline) is DDPMPipeline and class_count(pipeline.unet) is not None:
             pipeline = ClassConditionalDDPMPipeline(**pipeline.components)
     return pipeline.to(device, dtype)

@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from ofadiff.data.decoding import decode_image, open_image
+from ofadiff.reading.json_file import read_object
 
 PROTOCOL_NAME = "protocol.json"
 # The chunk that ends every PNG; one that was cut short lacks it.
@@ -77,7 +78,7 @@ class SavedImages:
 
     def _read_protocol(self) -> dict[str, Any] | None:
         path = self.folder / PROTOCOL_NAME
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_object(path) if path.is_file() else None
 
     def _write(self, name: str, content: bytes) -> None:
         unfinished = self.folder / f"{name}.tmp"

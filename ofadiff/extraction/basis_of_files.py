@@ -11,9 +11,9 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import safe_open
 
 from ofadiff.basis.change import BASIS_NAME, load_basis
+from ofadiff.reading.tensors import open_tensors
 from ofadiff.storage.files import weight_files
 
 # Before the names of the basis' tensors among a model's weights.
@@ -36,7 +36,7 @@ def read_basis(
             return None
         folder = (file or own).parent  # type: ignore[union-attr]
     for file in _files_of(folder, variant) or _files_of(folder, None):
-        with safe_open(file, framework="pt") as weights:
+        with open_tensors(file) as weights:
             found = [key for key in weights.keys() if key.startswith(BASIS_PREFIX)]  # noqa: SIM118
             if found:
                 return {key.removeprefix(BASIS_PREFIX): weights.get_tensor(key).clone() for key in found}

@@ -25,12 +25,14 @@ from ofadiff.channels import ChannelGroup, check_widths
 from ofadiff.cutting import shrink_model
 from ofadiff.extraction.basis_of_files import BASIS_PREFIX, read_basis
 from ofadiff.quantized import check_not_quantized
+from ofadiff.reading.json_file import is_kind, shown
 from ofadiff.sizes import CONFIG_NAME
 from ofadiff.stand_ins.equality import StandIn, stock_class
 from ofadiff.stand_ins.refusals import check_not_tensor_parallel, refusals
 from ofadiff.storage.files import add_to_safetensors, weight_files
 from ofadiff.storage.hub import upload
 from ofadiff.storage.model_classes import model_class
+from ofadiff.storage.strangers import check_model, forbid_pickles
 from ofadiff.unet_elastic import find_channel_groups
 
 # Key of the widths in an extracted model's config.json.
@@ -48,7 +50,16 @@ class ExtractedModel:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """As in the stock class; the basis is read too, where the files hold one."""
+        """As in the stock class, from safetensors; the basis is read too, where the files hold one.
+
+        Raises:
+            ValueError: If the weights are no safetensors, damaged, or not what `config.json` says.
+        """
+        forbid_pickles(kwargs)
+        if Path(pretrained_model_name_or_path).is_dir():
+            folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+            check_model(folder, cls, kwargs.get("variant"))
+        kwargs = {**kwargs, "use_safetensors": True}
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.ofa_basis = read_basis(pretrained_model_name_or_path, **kwargs)
@@ -116,6 +127,8 @@ class ExtractedModel:
             stock = cls.__name__.removeprefix(PREFIX)
             raise ValueError(f"the config has no {WIDTHS_KEY!r}, so it is no extracted model; load it as {stock}")
         widths = config.pop(WIDTHS_KEY)
+        if not (isinstance(widths, dict) and all(is_kind(width, int) for width in widths.values())):
+            raise ValueError(f"the config has the {WIDTHS_KEY} {shown(widths)}; they must be whole numbers by group")
         model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)  # type: ignore[misc]
         # Groups that the supernet left out stay at full width.
         groups = [group for group in find_channel_groups(model) if group.name in widths]

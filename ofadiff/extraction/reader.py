@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from safetensors import safe_open
 
 from ofadiff.adapters.size_adapter import load_size_adapter
 from ofadiff.basis.change import load_basis
 from ofadiff.channels import Kept, read_active_part
 from ofadiff.cutting import kept_by_module
 from ofadiff.extraction.extracted_model import empty_extracted_model, groups_of
-from ofadiff.sizes import CONFIG_NAME, Subnet
+from ofadiff.reading.tensors import open_tensors
+from ofadiff.sizes import Subnet
 from ofadiff.storage.files import weight_files
-from ofadiff.storage.structure import check_fingerprints, check_structure
+from ofadiff.storage.ofa_config import read_ofa_config
+from ofadiff.storage.strangers import check_model
+from ofadiff.storage.structure import check_basis, check_fingerprints, check_structure
 
 # What was read of a file stays resident while it is open, and opening it takes a millisecond or two.
 TENSORS_PER_OPENING = 16
@@ -49,7 +50,8 @@ def load_extracted(
         FileNotFoundError: If the folder holds no safetensors weights of that variant.
     """
     directory, widths = Path(directory), subnet.widths
-    values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    values = read_ofa_config(directory)
+    check_model(directory, stock, variant)
     check_structure(directory, values, variant)
     dtype = torch_dtype if isinstance(torch_dtype, torch.dtype) else torch.float32
     with default_dtype(dtype):
@@ -67,6 +69,7 @@ def load_extracted(
     if adapter is not None:
         adapter.merge_into(small)
     small.ofa_basis = load_basis(directory)
+    check_basis(groups, small.ofa_basis, directory)
     return small
 
 
@@ -90,7 +93,7 @@ def _dtype_of(stock: type[ModelMixin], key: str, dtype: torch.dtype) -> torch.dt
 def _read_parts(file: Path, dtypes: Mapping[str, torch.dtype], kept: Mapping[str, Kept]) -> dict[str, torch.Tensor]:
     """What a subnet keeps of some tensors in a file, copied: views would keep the file mapped."""
     parts = {}
-    with safe_open(file, framework="pt") as weights:
+    with open_tensors(file) as weights:
         for key, dtype in dtypes.items():
             module, _, name = key.rpartition(".")
             if kept.get(module):

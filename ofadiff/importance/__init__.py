@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ofadiff.channels import ChannelGroup
+from ofadiff.channels import ChannelGroup, check_groups
 from ofadiff.importance import magnitude, random, sensitivity, taylor
 from ofadiff.options import check_options
 
@@ -45,7 +45,8 @@ def score_channels(
         For every group its scores, shape `(width,)`, float32, larger is more important.
 
     Raises:
-        ValueError: If the criterion is unknown, takes no such option, or needs batches and a loss and gets none.
+        ValueError: If the criterion is unknown, takes no such option, or needs batches and a loss and gets none, or the
+            groups are another model's.
 
     Example:
         >>> scores = score_channels(unet, groups, batches, loss_fn, criterion="taylor")
@@ -54,5 +55,6 @@ def score_channels(
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion is {criterion!r}; it must be one of {', '.join(sorted(CRITERIA))}")
+    check_groups(model, groups)
     check_options(f"criterion {criterion!r}", CRITERIA[criterion], options)
     return CRITERIA[criterion](model, groups, batches, loss_fn, **options)

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 from PIL import Image
 
+from ofadiff.data.decoding import open_image
 from ofadiff.data.text import read_lines, read_text
 
 Arguments = dict[str, Any]
@@ -123,6 +124,9 @@ def _checked(
                 f"{where} has the argument {name!r}, which {pipeline_class.__name__} does not take; it takes "
                 f"{_listed(takes)}"
             )
+    steps = arguments.get("num_inference_steps", 1)
+    if steps is not None and not (isinstance(steps, int) and steps >= 1):
+        raise ValueError(f"{where} has num_inference_steps {steps!r}; it must be a whole number of at least 1")
     try:
         signature.bind(None, **arguments)
     except TypeError as error:
@@ -152,7 +156,7 @@ def _located(value: Any, folder: Path, where: str) -> Any:
     if not path.is_file():
         raise ValueError(f"{where} {path} is no file")
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{where} {path} is no image: {error}") from error
@@ -167,7 +171,7 @@ def opened(arguments: Mapping[str, Any]) -> Arguments:
 def _opened(value: Any) -> Any:
     if isinstance(value, list):
         return [_opened(entry) for entry in value]
-    return load_image(str(value)) if isinstance(value, Path) else value
+    return load_image(open_image(value)) if isinstance(value, Path) else value
 
 
 @contextmanager

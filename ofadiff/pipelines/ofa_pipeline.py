@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -47,6 +46,8 @@ from ofadiff.size_schedule import SizeSchedule
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
 from ofadiff.storage.pipeline_folder import find_denoisers, local_folder
+from ofadiff.storage.pipeline_index import read_index
+from ofadiff.storage.strangers import check_pipeline, forbid_pickles
 from ofadiff.supernet import Supernet
 from ofadiff.supernet_model import SupernetModel, unwrapped
 
@@ -109,6 +110,7 @@ class OFAPipeline:
                 raise ValueError(
                     f"{argument} is not supported for an OFA checkpoint; extract a size and load that with it"
                 )
+        forbid_pickles(kwargs)
         directory = local_folder(pretrained_model_name_or_path, kwargs)
         if size == "fit":
             return cls._largest_that_fits(directory, kwargs)
@@ -119,6 +121,10 @@ class OFAPipeline:
         _check_denoisers_not_passed(names, kwargs)
         for name in names:
             check_found_by_diffusers(directory, name, denoiser_class(directory / name))
+        custom = kwargs.get("custom_pipeline") is not None
+        check_pipeline(
+            directory, kwargs.get("variant"), {*names, *kwargs}, custom or bool(kwargs.get("trust_remote_code"))
+        )
         tables = {name: SizeTable.from_dict(read_ofa_config(directory / name)) for name in names}
         dtypes: Any = kwargs.get("dtype") or kwargs.get("torch_dtype")
         denoisers = {}
@@ -135,9 +141,8 @@ class OFAPipeline:
                 denoisers[name] = load_extracted(directory / name, stock, subnets.find(size), **options)
         # With the denoiser given, diffusers loads everything but that. A custom pipeline may be of any class, so sizes
         # are mixed in afterwards.
-        custom = kwargs.get("custom_pipeline") is not None
         loader = DiffusionPipeline if custom else stock_pipeline_class(directory, denoisers[names[0]])
-        pipeline = loader.from_pretrained(directory, **denoisers, **kwargs)
+        pipeline = loader.from_pretrained(directory, **denoisers, **{**kwargs, "use_safetensors": True})
         if dtypes is None:
             # diffusers loads its own models in float32 then, transformers its own in the dtype that they are stored in.
             for component, part in pipeline.components.items():
@@ -555,7 +560,7 @@ def stock_pipeline_class(directory: Path, denoiser: ModelMixin) -> type[Diffusio
         ValueError: If diffusers has none of that name, or it needs a package that is not installed.
     """
     index = directory / "model_index.json"
-    name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    name = read_index(directory)["_class_name"]
     stock = getattr(diffusers, name, None) if isinstance(name, str) else None
     if isinstance(stock, DummyObject):
         missing = [package for package in stock._backends if find_spec(package) is None]

@@ -101,7 +101,8 @@ def find_schedule(
         >>> images = pipeline(size="fast", num_inference_steps=3).images
     """
     _check_asked(pipeline, budget, unit)
-    shared = {**(arguments or {}), **({"num_inference_steps": num_inference_steps} if num_inference_steps else {})}
+    steps_of_all = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+    shared = {**(arguments or {}), **steps_of_all}
     checked = [opened(call) for call in check_calls(pipeline._stock_class, calls, shared)]
     for number, call in enumerate(checked, 1):
         if call.get("generator") is not None:  # it would go on from one sampling to the next

@@ -11,25 +11,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ofadiff.recordings.nested import DTYPES, Tensors, from_spec, tensor_names, to_spec
+from ofadiff.reading.json_file import check_object, read_object, shown
+from ofadiff.reading.tensors import open_tensors, read_metadata
+from ofadiff.recordings.nested import DTYPES, Tensors, digest_of, from_spec, tensor_names, to_spec
 from ofadiff.recordings.recorded_call import Answer, RecordedCall
 from ofadiff.storage.digest import digest_of_weights
-from ofadiff.storage.files import read_metadata
 
 DESCRIPTION_NAME = "recordings.json"
 CALLS = "calls"
 FORMAT_VERSION = 1
 
-# Where a file says what is in it.
+# Where a file says what is in it, and what it says of each call.
 KEY = "ofa_recording"
+ENTRY = {"step", "args", "kwargs", "answer"}
 
 # What two descriptions must have in common for the one recording to go on with the other, in the order of errors.
 DESCRIBED = ("pipeline", "component", "denoiser", "dtype", "weights", "parameters", "steps_per_call", "seed", "calls")
+
+# What of it is no string.
+KINDS = {"parameters": list, "calls": list, "steps_per_call": int, "seed": int}
 
 
 class Recordings(Sequence[RecordedCall]):
@@ -66,15 +70,26 @@ class Recordings(Sequence[RecordedCall]):
         return len(self._entries)
 
     def __getitem__(self, index: Any) -> Any:
-        """By position."""
+        """By position.
+
+        Raises:
+            ValueError: If its file is damaged, or not what was recorded.
+        """
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         number, entry = self._entries[index]
+        path = call_file(self.folder, number)
         specs = entry["args"], entry["kwargs"], entry["answer"]
-        with safetensors.safe_open(call_file(self.folder, number), framework="pt") as file:
-            # Copied: kernels may round otherwise where memory is not aligned as PyTorch aligns it.
-            tensors = {name: file.get_tensor(name).clone() for name in set().union(*map(tensor_names, specs))}
-        args, kwargs, answer = (from_spec(spec, tensors) for spec in specs)
+        try:
+            with open_tensors(path) as file:
+                # Copied: kernels may round otherwise where memory is not aligned as PyTorch aligns it.
+                tensors = {name: file.get_tensor(name).clone() for name in set().union(*map(tensor_names, specs))}
+            changed = sorted(name for name, tensor in tensors.items() if digest_of(tensor) != name)
+            if changed:
+                raise ValueError(f"the content of its tensor {changed[0]} is not what was recorded")
+            args, kwargs, answer = (from_spec(spec, tensors) for spec in specs)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(_damage(path, error)) from error
         return RecordedCall(args, kwargs, answer, self.parameters, self.dtype)
 
     def __iter__(self) -> Iterator[RecordedCall]:
@@ -104,16 +119,16 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION_NAME
     if not path.is_file():
         raise ValueError(f"{folder} holds no {DESCRIPTION_NAME}, so no recordings; `ofadiff record` makes them")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    version = description.get("format_version") if isinstance(description, dict) else None
+    description = read_object(path)
+    version = description.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format_version {version!r}; this ofadiff reads {FORMAT_VERSION}")
     absent = [name for name in DESCRIBED if name not in description]
-    if absent or description["dtype"] not in DTYPES:
+    if absent or str(description["dtype"]) not in DTYPES:
         raise ValueError(f"{path} does not say what its {(absent or ['dtype'])[0]} is")
+    check_object(description, str(path), KINDS)
+    if not all(isinstance(name, str) for name in description["parameters"]):
+        raise ValueError(f"{path} has the parameters {shown(description['parameters'])}; they must be names")
     return description
 
 
@@ -160,9 +175,18 @@ def write_call(folder: Path, number: int, steps: Sequence[tuple[int, tuple, dict
 def _contents(file: Path) -> list[Any]:
     """What a file holds. Raises ValueError if it is damaged."""
     try:
-        return json.loads(read_metadata(file)[KEY])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{file} is damaged; remove it, and record its call again: {error!r}") from error
+        contents = json.loads(read_metadata(file)[KEY])
+    except (KeyError, RecursionError, ValueError) as error:
+        raise ValueError(_damage(file, error)) from error
+    entries = contents if isinstance(contents, list) else [None]
+    if not all(isinstance(entry, dict) and entry.keys() >= ENTRY for entry in entries):
+        raise ValueError(_damage(file, f"its calls are {shown(contents)}"))
+    return contents
+
+
+def _damage(file: Path, what: Exception | str) -> str:
+    said = repr(what) if isinstance(what, KeyError | AttributeError) else what
+    return f"{file} is damaged; remove it, and record its call again: {said}"
 
 
 def check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

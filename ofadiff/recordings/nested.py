@@ -21,6 +21,10 @@ Tensors = dict[str, Tensor]
 DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 
 
+# What an expanded tensor may take where it is copied.
+MOST_BYTES = 2**34
+
+
 class UnrecordableError(ValueError):
     """A value that cannot be kept in a file."""
 
@@ -111,12 +115,16 @@ def _tensor_spec(tensor: Tensor, tensors: Tensors) -> Spec:
         if order != list(range(narrow.ndim)):
             spec["order"], narrow = order, narrow.permute(order)
     kept = torch.empty(narrow.shape, dtype=narrow.dtype).copy_(narrow)
-    content = kept.reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.sha256(f"{kept.dtype} {tuple(kept.shape)}".encode())
-    digest.update(content)
-    name = digest.hexdigest()[:32]
+    name = digest_of(kept)
     tensors.setdefault(name, kept)
     return {"tensor": {"name": name, **spec}}
+
+
+def digest_of(kept: Tensor) -> str:
+    """The name that a contiguous tensor on the CPU is kept under: the digest of its content."""
+    digest = hashlib.sha256(f"{kept.dtype} {tuple(kept.shape)}".encode())
+    digest.update(kept.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
 
 
 def _tensor(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
@@ -126,6 +134,10 @@ def _tensor(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
         tensor = tensor.permute(inverse)
     if "expand" in spec:
         tensor = tensor.expand(spec["expand"])
+        if tensor.numel() * tensor.itemsize > MOST_BYTES:
+            raise ValueError(
+                f"a recorded tensor claims the shape {tuple(tensor.shape)}, more than {MOST_BYTES:,} bytes"
+            )
     return torch.view_as_complex(tensor) if spec.get("complex") else tensor
 
 

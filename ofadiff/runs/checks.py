@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from huggingface_hub import whoami
 
+from ofadiff.reading.names import check_links
 from ofadiff.runs.settings import Optimization, Output, RunSettings, Watching
 from ofadiff.storage.ofa_config import ADAPTERS_NAME
 from ofadiff.training.checkpoint import check_flags, find_checkpoint, list_checkpoints, read_flags
@@ -49,6 +50,9 @@ def begin(settings: RunSettings) -> tuple[Accelerator, Path | None]:
     """
     check_output_dir(settings)
     check_hub(settings.output)
+    folder = Path(settings.model.pretrained_model_name_or_path)
+    if folder.is_dir():
+        check_links(folder)  # what is not trained will be copied
     checkpoint = find_checkpoint(settings.output.output_dir, settings.watching.resume_from_checkpoint)
     return make_accelerator(settings.optimization, settings.watching, settings.output), checkpoint
 

@@ -29,6 +29,7 @@ from ofadiff.storage.around import copy_pipeline, save_around
 from ofadiff.storage.digest import digest_of_weights
 from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
 from ofadiff.storage.pipeline_folder import find_denoiser, local_folder
+from ofadiff.storage.strangers import check_model
 from ofadiff.training.bundles import TrainingResult
 from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint
 from ofadiff.training.single_size import SingleSize
@@ -254,7 +255,11 @@ def load_teacher(
     name, options = settings.one_size.teacher_model_name_or_path, {"cache_dir": settings.model.cache_dir}
     precision = PRECISIONS[accelerator.mixed_precision]
     try:
-        teacher = stock.from_pretrained(name, subfolder=component, torch_dtype=precision, **options)
+        if Path(name).is_dir():
+            check_model(Path(name) / component, stock)
+        teacher = stock.from_pretrained(
+            name, subfolder=component, torch_dtype=precision, use_safetensors=True, **options
+        )
     except (OSError, ValueError) as error:
         raise cannot_load(name, f"a pipeline with a {stock.__name__}", error) from error
     return teacher.requires_grad_(False)

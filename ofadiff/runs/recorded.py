@@ -39,6 +39,7 @@ from ofadiff.runs.settings import Calls, RunSettings
 from ofadiff.runs.size_checks import check_sizes
 from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.storage.ofa_config import read_ofa_config
+from ofadiff.storage.strangers import check_model, check_pipeline
 
 # Recorded calls that joining is tried on.
 TRIED = 8
@@ -87,7 +88,9 @@ def load_whole_pipeline(original: Original, dtype: torch.dtype) -> Any:
         with warnings.catch_warnings():
             # The only name for it that every version of diffusers takes.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            return loader.from_pretrained(original.folder, variant=original.variant, torch_dtype=dtype, **without)
+            check_pipeline(original.folder, original.variant, without)
+            options = {"variant": original.variant, "torch_dtype": dtype, "use_safetensors": True}
+            return loader.from_pretrained(original.folder, **options, **without)
     except (AttributeError, OSError, ValueError) as error:
         raise cannot_load(original.name, f"a {pipeline_class(original).__name__}", error) from error
 
@@ -149,7 +152,10 @@ def load_denoiser(original: Original) -> Any:
     """The denoiser alone, in full precision. Raises ValueError if it cannot be loaded."""
     stock = type(original.denoiser)
     try:
-        return stock.from_pretrained(original.folder, subfolder=original.component, variant=original.variant).float()
+        check_model(original.folder / original.component, stock, original.variant)
+        return stock.from_pretrained(
+            original.folder, subfolder=original.component, variant=original.variant, use_safetensors=True
+        ).float()
     except (OSError, ValueError) as error:
         raise cannot_load(original.name, f"a pipeline with a {stock.__name__}", error) from error
 

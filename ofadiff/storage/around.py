@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import safe_open
+
+from ofadiff.reading.names import check_links
+from ofadiff.reading.tensors import open_tensors
+from ofadiff.storage.pipeline_index import read_index
 
 # Weights that a copy leaves out: of a variant (`model.fp16.safetensors`), and in other formats.
 OTHER_WEIGHTS = re.compile(
@@ -21,8 +24,7 @@ OTHER_WEIGHTS = re.compile(
 def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Path, variant: str | None = None) -> None:
     """Writes the original pipeline with another denoiser; every other component stays what it was, byte for byte.
 
-    Where that cannot be (files of a variant, or no safetensors), it is loaded in the dtype that it is stored in and
-    saved.
+    Where that cannot be (files of a variant), it is loaded in the dtype that it is stored in and saved.
 
     Args:
         denoiser_name: The component that is replaced.
@@ -31,17 +33,17 @@ def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Pat
         out: To write to.
         variant: Variant of the original's files.
     """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_index(folder)
     denoiser.save_pretrained(out / denoiser_name)
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name != denoiser_name]
     for name in parts:
-        weights = [path for path in (folder / name).glob("*") if path.suffix in (".safetensors", ".bin")]
+        weights = [path for path in (folder / name).glob("*") if path.suffix == ".safetensors"]
         plain = [path for path in weights if not OTHER_WEIGHTS.search(path.name)]
         if not weights or (variant is None and plain):
             copy_component(folder / name, out / name)
         else:
             others = {other: None for other in index if isinstance(index[other], list) and other != name}
-            pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant, **others)
+            pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant, use_safetensors=True, **others)
             loaded = [path for path in weights if variant and re.search(rf"\.{re.escape(variant)}[.-]", path.name)]
             torch.nn.Module.to(pipeline.components[name], stored_dtype(loaded or plain)).save_pretrained(out / name)
     library = type(denoiser).__module__.partition(".")[0]
@@ -50,7 +52,12 @@ def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Pat
 
 
 def copy_component(folder: Path, out: Path) -> None:
-    """Copies a component's folder, without weights of variants and of other formats than safetensors."""
+    """Copies a component's folder, without weights of variants and of other formats than safetensors.
+
+    Raises:
+        ValueError: If it has links to what is not the pipeline's.
+    """
+    check_links(folder.parent)
     out.mkdir(parents=True, exist_ok=True)
     for path in folder.rglob("*"):
         known = OTHER_WEIGHTS.search(path.name) is None and not path.name.startswith(".")
@@ -61,18 +68,22 @@ def copy_component(folder: Path, out: Path) -> None:
 
 
 def stored_dtype(weights: Sequence[Path]) -> torch.dtype:
-    """The floating-point dtype of weights in safetensors files; float32 for other files."""
+    """The floating-point dtype of weights in safetensors files; float32 where there are none."""
     for path in weights:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
-            return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+        with open_tensors(path) as file:
+            dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
     return torch.float32
 
 
 def copy_pipeline(folder: Path, out: Path) -> None:
-    """Copies a pipeline's components; `model_index.json` comes last, so a killed copy is none."""
-    components = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    """Copies a pipeline's components; `model_index.json` comes last, so a killed copy is none.
+
+    Raises:
+        ValueError: If it has links to what is not the pipeline's.
+    """
+    check_links(folder)
+    components = read_index(folder)
     for component in components:
         if (folder / component).is_dir():
             shutil.copytree(folder / component, out / component, dirs_exist_ok=True)

@@ -12,9 +12,12 @@ from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.hub_utils import _add_variant
-from safetensors import safe_open
+
+from ofadiff.reading.json_file import check_object, read_object
+from ofadiff.reading.names import file_in
+from ofadiff.reading.tensors import open_tensors
 
 # A safetensors file begins with the length of its header, which is JSON.
 LENGTH_BYTES = 8
@@ -61,12 +64,6 @@ def _bring_along(replaced: Path, folder: Path, keep: Callable[[Path], bool]) -> 
     shutil.rmtree(replaced)
 
 
-def read_metadata(file: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    with Path(file).open("rb") as opened:
-        return _read_header(opened).get("__metadata__", {})
-
-
 def add_to_safetensors(
     file: str | Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor] | None = None
 ) -> None:
@@ -101,24 +98,31 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
     return json.loads(file.read(int.from_bytes(file.read(LENGTH_BYTES), "little")))
 
 
-def weight_files(directory: Path, variant: str | None) -> dict[Path, list[str]]:
-    """The safetensors files of a diffusers model, each with the keys of the tensors to read from it.
+def weight_files(directory: Path, variant: str | None, name: str = SAFETENSORS_WEIGHTS_NAME) -> dict[Path, list[str]]:
+    """The safetensors files of a model, each with the keys of the tensors to read from it.
 
     Args:
         directory: The model's folder.
         variant: Such as `"fp16"`, or None.
+        name: What the file is called where there is one alone; by default as diffusers calls it.
 
     Raises:
-        FileNotFoundError: If there are none of that variant.
+        FileNotFoundError: If there are none of that variant, or one of several is missing.
+        ValueError: If the index of several files is none, or names files elsewhere, or a file is damaged.
     """
-    index = directory / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
+    index = directory / _add_variant(f"{name}.index.json", variant)
     if index.is_file():
         files: dict[Path, list[str]] = {}
-        for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            files.setdefault(directory / name, []).append(key)
+        weight_map = read_object(index, {"weight_map": dict})["weight_map"]
+        check_object(weight_map, f"the weight_map of {index}", {})
+        for key, shard in weight_map.items():
+            files.setdefault(file_in(directory, shard, f"{index}: {key}"), []).append(key)
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{index} names {missing[0].name}, which is not there")
         return files
-    single = directory / _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)
+    single = directory / _add_variant(name, variant)
     if not single.is_file():
         raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}")
-    with safe_open(single, framework="pt") as weights:
+    with open_tensors(single) as weights:
         return {single: list(weights.keys())}

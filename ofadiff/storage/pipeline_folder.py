@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from huggingface_hub import snapshot_download
 from ofadiff.basis.change import BASIS_NAME
 from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.storage.ofa_config import ADAPTERS_NAME, read_ofa_config
+from ofadiff.storage.pipeline_index import read_index
 
 
 def find_denoisers(directory: str | Path) -> tuple[str, ...]:
@@ -25,9 +25,7 @@ def find_denoisers(directory: str | Path) -> tuple[str, ...]:
             their sizes.
     """
     directory = Path(directory)
-    if not (directory / "model_index.json").is_file():
-        raise ValueError(f"{directory} holds no model_index.json, so it is no diffusers pipeline folder")
-    index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
+    index = read_index(directory)
     found = tuple(component for component in index if (directory / component / CONFIG_NAME).is_file())
     if not found:
         raise ValueError(
@@ -59,22 +57,6 @@ def find_denoiser(directory: str | Path, component: str | None = None) -> str:
     return found[0] if component is None else component
 
 
-def check_no_code(directory: str | Path) -> None:
-    """Checks that a pipeline folder names classes of installed libraries alone, so that loading it runs no code of it.
-
-    Raises:
-        ValueError: If its class, or a component's, is in a Python file of the folder.
-    """
-    directory = Path(directory)
-    index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
-    named = {"pipeline": (directory, index.get("_class_name"))}
-    named |= {name: (directory / name, entry) for name, entry in index.items() if not name.startswith("_")}
-    for name, (folder, entry) in named.items():
-        module = entry[0] if isinstance(entry, list) and entry else None
-        if isinstance(module, str) and (folder / f"{module}.py").is_file():
-            raise ValueError(f"the {name} of {directory} is in {folder / module}.py; code of a checkpoint is not run")
-
-
 def local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
     """An OFA checkpoint's folder; that of a hub repository is downloaded, as `from_pretrained`'s arguments say.
 
@@ -88,7 +70,7 @@ def local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
     shared = ("cache_dir", "force_download", "local_files_only", "token", "revision")
     options = {key: kwargs[key] for key in shared if key in kwargs}
     for_pipeline = {key: kwargs[key] for key in ("proxies", "variant") if key in kwargs}
-    folder = DiffusionPipeline.download(str(name_or_path), **options, **for_pipeline)
+    folder = DiffusionPipeline.download(str(name_or_path), use_safetensors=True, **options, **for_pipeline)
     # diffusers fetches the files that it knows; the supernet's own lie in the same snapshot.
     own_files = [f"*/{CONFIG_NAME}", f"*/{BASIS_NAME}", f"*/{ADAPTERS_NAME}/*/*"]
     snapshot_download(str(name_or_path), allow_patterns=own_files, **options)

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
-from ofadiff.basis.change import BASIS_NAME, load_basis
+from ofadiff.basis.change import BASIS_NAME, PERMUTATION, load_basis
 from ofadiff.channels import ChannelGroup, Slice
+from ofadiff.reading.json_file import check_object
+from ofadiff.reading.tensors import read_metadata
 from ofadiff.sizes import CONFIG_NAME
-from ofadiff.storage.files import read_metadata, weight_files
+from ofadiff.storage.files import weight_files
+from ofadiff.storage.ofa_config import read_ofa_config
 
 # Under this name each of the files says which structure it belongs to.
 STRUCTURE = "ofa_structure"
@@ -58,12 +61,12 @@ def structure_of_folder(folder: Path) -> str | None:
     """`structure_of` what lies in a denoiser's folder; None if that is no supernet."""
     if not ((folder / CONFIG_NAME).is_file() and (folder / BASIS_NAME).is_file()):
         return None
-    values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    values = read_ofa_config(folder)
     return structure_of(values, load_basis(folder))
 
 
 def check_structure(folder: Path, values: Mapping[str, Any], variant: str | None = None) -> None:
-    """Raises ValueError if the files of a supernet were not written together; older ones do not say.
+    """Raises ValueError if the files of a supernet were not written together, or changed; older ones do not say.
 
     Args:
         folder: The denoiser's.
@@ -80,11 +83,19 @@ def check_structure(folder: Path, values: Mapping[str, Any], variant: str | None
                 f"{file} does not belong to the {CONFIG_NAME} beside it: they were not written together, so sizes cut "
                 "from it would be wrong; restore the file that was there, or save the supernet anew"
             )
+    basis = load_basis(folder) if (folder / BASIS_NAME).is_file() else {}
+    if STRUCTURE in values and structure_of(values, basis) != values[STRUCTURE]:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} or the {BASIS_NAME} beside it was changed since it was written: their digest is "
+            "another one; restore the files that were there, or save the supernet anew"
+        )
 
 
 def check_fingerprints(groups: Sequence[ChannelGroup], saved: list[dict[str, Any]], directory: Path) -> None:
     """Raises ValueError unless a checkpoint was made for these groups; older ones do not say how layers are cut."""
     found = [fingerprint(group) for group in groups]
+    for entry in saved:
+        check_object(entry, f"a group of {directory / CONFIG_NAME}", {})
     if not all("slices" in entry for entry in saved):
         found = [{name: value for name, value in entry.items() if name != "slices"} for entry in found]
     if found != saved:
@@ -93,3 +104,23 @@ def check_fingerprints(groups: Sequence[ChannelGroup], saved: list[dict[str, Any
             f"{directory / CONFIG_NAME} was made for other channel groups than this model has; first difference: "
             f"{differing[0] if differing else 'their order'}"
         )
+
+
+def check_basis(groups: Sequence[ChannelGroup], basis: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """Raises ValueError unless a basis has an order of the units of every group, or matrices of their number."""
+    for group in groups:
+        order = basis.get(f"{group.name}.{PERMUTATION}")
+        if order is not None:
+            if sorted(order.flatten().tolist()) != list(range(group.width)):
+                raise ValueError(
+                    f"{directory / BASIS_NAME} has an order of {group.name} that is none of its {group.width} units"
+                )
+            continue
+        for part in group.slices:
+            matrices = basis.get(f"{group.name}.{part.basis}")
+            if matrices is None or matrices.ndim != 3 or tuple(matrices.shape[1:]) != (part.units, part.units):
+                found = None if matrices is None else tuple(matrices.shape)
+                raise ValueError(
+                    f"{directory / BASIS_NAME} has {part.basis or 'an order'} of {group.name} of shape {found}; it "
+                    f"must be (heads, {part.units}, {part.units})"
+                )

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ofadiff.channels import ChannelGroup
+from ofadiff.reading.json_file import read_object
+from ofadiff.reading.tensors import read_tensors
 from ofadiff.sizes import SizeTable
 
 DESCRIPTION_NAME = "trained.json"
@@ -71,7 +73,7 @@ class SingleSize:
     def check(self, directory: str | Path) -> None:
         """Raises ValueError unless `save_pretrained` wrote the folder and it holds the same things trained."""
         path = Path(directory) / DESCRIPTION_NAME
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        saved = read_object(path) if path.is_file() else {}
         for name in sorted(saved.keys() | self.description.keys()):
             if saved.get(name) != self.description.get(name):
                 raise ValueError(
@@ -87,6 +89,11 @@ class SingleSize:
             ValueError: If what they are is something else.
         """
         self.check(directory)
-        saved = load_file(Path(directory) / WEIGHTS_NAME)
+        saved = read_tensors(Path(directory) / WEIGHTS_NAME)
         for name, weight in trained_weights(self.model).items():
+            found = tuple(saved[name].shape) if name in saved else None
+            if found != tuple(weight.shape):
+                raise ValueError(
+                    f"{Path(directory) / WEIGHTS_NAME} has {name} of shape {found}; this run's is {tuple(weight.shape)}"
+                )
             weight.copy_(saved[name])

@@ -95,7 +95,7 @@ def test_a_variant_and_mixed_precision(run, tmp_path):
     assert {value.dtype for value in text.values()} == {torch.bfloat16}
 
 
-def test_weights_in_safetensors_for_a_variant_alone(run, tmp_path):
+def test_weights_that_are_a_pickle_but_for_a_variant_are_refused(run, tmp_path):
     folder = half_stored(tmp_path, ())
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     original = load_file(weights)
@@ -103,9 +103,9 @@ def test_weights_in_safetensors_for_a_variant_alone(run, tmp_path):
     save_file({name: value.half() for name, value in original.items()}, weights.with_suffix(".fp16.safetensors"))
     weights.unlink()
     assert weights.with_suffix(".bin").is_file()
-    run(folder)
-    saved = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
-    assert all(value.dtype is torch.float32 and torch.equal(value, original[name]) for name, value in saved.items())
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin is not opened.*is its variant meant"):
+        run(folder)
+    assert not (tmp_path / "out").exists()
 
 
 def test_dit_keeps_its_vae_as_it_was_stored(files, dit_run, tmp_path):  # noqa: F811

@@ -15,8 +15,9 @@ from ofadiff import OFAPipeline, Supernet, allocate, find_channel_groups, rotate
 from ofadiff.basis.change import BASIS_NAME, save_basis
 from ofadiff.channels import Slice
 from ofadiff.extraction.reader import load_extracted
+from ofadiff.reading.tensors import read_metadata
 from ofadiff.sizes import CONFIG_NAME
-from ofadiff.storage.files import add_to_safetensors, read_metadata
+from ofadiff.storage.files import add_to_safetensors
 
 pytestmark = pytest.mark.slow
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ofadiff.reading.tensors import open_tensors
+
 SUFFIXES = (".safetensors", ".npz")
+
+# Features that an extractor may have; what is compressed may claim any number.
+MOST_FEATURES = 2**14
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class FeatureStatistics:
             raise ValueError(f"{file} is no file of reference statistics, a {' or '.join(SUFFIXES)}")
         try:
             found = _load_npz(file) if file.suffix == ".npz" else _load_safetensors(file)
-        except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             expected = "mu and sigma" if file.suffix == ".npz" else "mean and covariance"
             raise ValueError(f"{file} holds no reference statistics ({expected}): {error}") from error
         if found.mean.ndim != 1 or found.covariance.shape != 2 * found.mean.shape:
@@ -102,13 +108,28 @@ class FeatureStatistics:
 
 
 def _load_npz(file: Path) -> FeatureStatistics:
+    with zipfile.ZipFile(file) as archive:
+        for name in ("mu", "sigma"):
+            with archive.open(f"{name}.npy") as member:
+                _check_array(member, name)
     with np.load(file, allow_pickle=False) as arrays:
         mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
     return FeatureStatistics(mean, covariance)
 
 
+def _check_array(member: Any, name: str) -> None:
+    """Raises ValueError if an array in a file claims to have more features than there are, before it is made."""
+    version = np.lib.format.read_magic(member)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"its {name} is of the format version {version}; 1.0 and 2.0 are read")
+    shape, _, dtype = read(member)
+    if dtype.kind not in "fiu" or len(shape) > 2 or max(shape, default=0) > MOST_FEATURES:
+        raise ValueError(f"its {name} claims the shape {shape} and {dtype}; it may have up to {MOST_FEATURES} features")
+
+
 def _load_safetensors(file: Path) -> FeatureStatistics:
-    with safe_open(file, "pt") as tensors:
+    with open_tensors(file) as tensors:
         metadata = tensors.metadata() or {}
         return FeatureStatistics(
             tensors.get_tensor("mean"),

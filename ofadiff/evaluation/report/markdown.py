@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 
 from ofadiff.evaluation.report.results import Results
 from ofadiff.evaluation.report.rows import JOINT, Row
@@ -12,11 +13,11 @@ def markdown_page(report: Results, pictures: Sequence[str]) -> str:
     """One table per series, the pictures that lie beside it by file name, and the protocol."""
     series = report.series
     first = [*([report.teacher] if report.teacher else []), *series.pop(JOINT, [])]
-    parts = [f"# {report.title}", _table(report, first)]
+    parts = [f"# {_escape(report.title)}", _table(report, first)]
     for name, rows in series.items():
-        parts += [f"## {name[:1].upper()}{name[1:]}", _table(report, rows)]
+        parts += [f"## {_escape(name[:1].upper() + name[1:])}", _table(report, rows)]
     parts += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in pictures]
-    protocol = "\n".join(f"- {name}: {_escape(str(value))}" for name, value in report.protocol.items())
+    protocol = "\n".join(f"- {_escape(name)}: {_escape(str(value))}" for name, value in report.protocol.items())
     parts += ["## Protocol", protocol]
     return "\n\n".join(parts) + "\n"
 
@@ -28,4 +29,5 @@ def _table(report: Results, rows: Sequence[Row]) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
+    """Text that is neither a cell's end nor HTML."""
+    return escape(text, quote=False).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,80 @@
+"""Safetensors files: opened so that a damaged one is an error with its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+# What lies in place of weights where a download went wrong, by how the file begins.
+INSTEAD = {
+    b"version https://git-lfs": "it is the pointer of a file that git-lfs has not fetched (`git lfs pull` does)",
+    b"<": "it is a web page that was saved in place of the file",
+    b"\x80": "it is a pickle, which is not opened",
+    b"PK\x03\x04": "it is a zip archive, as PyTorch pickles into, which is not opened",
+}
+
+
+@contextmanager
+def open_tensors(file: str | Path) -> Iterator[Any]:
+    """A safetensors file, opened: what `safetensors.safe_open` gives, for PyTorch on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the file is damaged, cut short, something else, or lacks a tensor that is asked for.
+    """
+    if Path(file).is_dir():
+        raise ValueError(f"{file} is a folder; it must be a safetensors file")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {_reason(file, error)}") from error
+
+
+def read_tensors(file: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, by name.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the file is damaged.
+    """
+    with open_tensors(file) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def read_metadata(file: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the file is damaged.
+    """
+    with open_tensors(file) as opened:
+        return opened.metadata() or {}
+
+
+def read_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a safetensors file, by name; only its header is read.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the file is damaged.
+    """
+    with open_tensors(file) as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
+def _reason(file: str | Path, error: SafetensorError) -> str:
+    with Path(file).open("rb") as opened:
+        start = opened.read(max(map(len, INSTEAD)))
+    if not start:
+        return "it is empty"
+    instead = next((what for mark, what in INSTEAD.items() if start.startswith(mark)), None)
+    if instead is not None and "does not contain tensor" not in str(error):
+        return instead
+    return f"it is damaged, cut short or no safetensors file ({' '.join(str(error).split())})"
