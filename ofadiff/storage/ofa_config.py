@@ -18,6 +18,9 @@ from ofadiff.storage.model_classes import model_class
 
 FORMAT_VERSION = 1
 
+# What the very first checkpoints of this version call their groups.
+FIRST_GROUPS = "ofadiff_groups"
+
 # The folder of the adapters of sizes, beside it.
 ADAPTERS_NAME = "ofa_adapters"
 
@@ -38,6 +41,8 @@ def read_ofa_config(directory: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has format_version {values.get('format_version')!r}; this ofadiff reads {FORMAT_VERSION}"
         )
+    if FIRST_GROUPS in values:
+        values["groups"] = values.pop(FIRST_GROUPS)
     return values
 
 
