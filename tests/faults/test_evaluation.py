@@ -22,7 +22,7 @@ PICTURES = ("samples.png", "quality_vs_size.png")
 
 
 def kill_at(words, folder, images):
-    """Starts an evaluation in two processes, and kills all of it when so many images are there, one new one at least."""
+    """Starts an evaluation in two processes, and kills all of it when so many images are there, and a new one."""
     images = max(images, len(samples(folder)) + 1)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with open(folder.with_suffix(".log"), "w") as log:
