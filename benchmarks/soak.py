@@ -127,7 +127,7 @@ def make_pipeline(denoiser: str, folder: Path) -> Any:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    pipeline = OFAPipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipeline = OFAPipeline.from_pretrained(folder, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

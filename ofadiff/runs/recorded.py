@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ofadiff.denoisers.original import (
 )
 from ofadiff.denoisers.prepare import Prepare, prepare_mixed, prepare_recorded
 from ofadiff.denoisers.recorded import answered_channels
-from ofadiff.dtypes import PRECISIONS
+from ofadiff.dtypes import PRECISIONS, torch_dtype_taken
 from ofadiff.pipelines.calls import check_calls, described, parsed_value, read_calls
 from ofadiff.pipelines.ofa_pipeline import OFAPipeline, stock_pipeline_class
 from ofadiff.pipelines.recording import record
@@ -84,9 +83,7 @@ def load_whole_pipeline(original: Original, dtype: torch.dtype) -> Any:
     sized = any(original.folder.glob(f"*/{CONFIG_NAME}"))
     loader = OFAPipeline if sized else pipeline_class(original)
     try:
-        with warnings.catch_warnings():
-            # The only name for it that every version of diffusers takes.
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        with torch_dtype_taken():
             return loader.from_pretrained(original.folder, variant=original.variant, torch_dtype=dtype, **without)
     except (AttributeError, OSError, ValueError) as error:
         raise cannot_load(original.name, f"a {pipeline_class(original).__name__}", error) from error
