@@ -46,11 +46,13 @@ $(VENV)/demo $(VENV)/dev $(VENV)/docs: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]"
 	touch $@
 
-# Without torchao: diffusers 0.35 and 0.36 cannot be imported beside 0.16 of it, and tests that need it skip.
+# Without torchao: diffusers 0.35 and 0.36 cannot be imported beside 0.16 of it, and tests that need it skip. datasets
+# brings pyarrow, of which the newest takes no numpy before 2.
 $(OLDEST)/dev: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[dev]"
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
+		--editable ".[dev]" "pyarrow==21.*"
 	$(OLDEST)/bin/uv pip uninstall --quiet --python $(OLDEST)/bin/python torchao
 	touch $@
 
