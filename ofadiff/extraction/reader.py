@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,9 @@ from ofadiff.basis.change import load_basis
 from ofadiff.channels import Kept, read_active_part
 from ofadiff.cutting import kept_by_module
 from ofadiff.extraction.extracted_model import empty_extracted_model, groups_of
-from ofadiff.sizes import CONFIG_NAME, Subnet
+from ofadiff.sizes import Subnet
 from ofadiff.storage.files import weight_files
+from ofadiff.storage.ofa_config import read_ofa_config
 from ofadiff.storage.structure import check_fingerprints, check_structure
 
 # What was read of a file stays resident while it is open, and opening it takes a millisecond or two.
@@ -47,9 +47,10 @@ def load_extracted(
 
     Raises:
         FileNotFoundError: If the folder holds no safetensors weights of that variant.
+        ValueError: If it is no OFA checkpoint, or its files do not belong together.
     """
     directory, widths = Path(directory), subnet.widths
-    values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    values = read_ofa_config(directory)
     check_structure(directory, values, variant)
     dtype = torch_dtype if isinstance(torch_dtype, torch.dtype) else torch.float32
     with default_dtype(dtype):
