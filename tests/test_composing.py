@@ -10,22 +10,17 @@ import torch
 from conftest import make_dropping_supernet, make_unet, output, random_inputs, relative_error
 from diffusers import (
     DiffusionPipeline,
-    FirstBlockCacheConfig,
     PyramidAttentionBroadcastConfig,
     StableDiffusionPipeline,
-    TaylorSeerCacheConfig,
-    TextKVCacheConfig,
-    TorchAoConfig,
     hooks,
 )
-from diffusers.hooks import mag_cache
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from recordings import tiny_pipelines as recorded
 from tiny_pipelines import make_checkpoint
 from tiny_stable_diffusion import make_unet as make_sd_unet
 from tiny_transformers import tiny, tiny_inputs
-from torchao import quantization
+from versions import importable, since, skip_if_older
 
 from ofadiff import OFAPipeline, SizeSchedule, Supernet, allocate, find_channel_groups, score_channels
 from ofadiff.layers import cut_once
@@ -145,12 +140,28 @@ def run(what, pipeline, denoiser=None):
     """A line of the page, with what it takes for granted."""
     code, denoiser = ROWS[what][0], denoiser or denoiser_of(pipeline)
     names = {"pipeline": pipeline, "denoiser": denoiser, "torch": torch, "device": torch.device("cpu")}
-    for module in (accelerate, diffusers, hooks, mag_cache, quantization):
-        names |= {name: getattr(module, name) for name in re.findall(r"\w+", code) if hasattr(module, name)}
+    modules = [
+        accelerate,
+        diffusers,
+        hooks,
+        importable("diffusers.hooks.mag_cache"),
+        importable("torchao.quantization"),
+    ]
+    words = re.findall(r"\w+", code)
+    for module in filter(None, modules):
+        names |= {name: getattr(module, name) for name in words if hasattr(module, name)}
+    for name in words:
+        if name.endswith("Config") and name not in names:
+            needs_torchao() if what in ROUNDING or what == "float8 weights" else skip_if_older("diffusers", name)
     if what in PACKAGES:
         package = pytest.importorskip(PACKAGES[what], reason=f"needs pip install {PACKAGES[what]}")
         names |= {package.__name__: package, **vars(package)}
     exec(code, names)
+
+
+def needs_torchao():
+    """torchao's quantization; diffusers before 0.37 cannot be imported beside the torchao that has all of its names."""
+    return pytest.importorskip("torchao.quantization", reason="needs pip install torchao")
 
 
 def sample(pipeline, kind, **arguments):
@@ -207,14 +218,15 @@ def test_a_cache_begins_anew_where_a_schedule_changes_the_size(what, folders, mo
 
 
 @pytest.mark.parametrize(
-    "apply, config",
+    "apply, config, options",
     [
-        (hooks.apply_first_block_cache, FirstBlockCacheConfig(threshold=0.5)),
-        (hooks.apply_taylorseer_cache, TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2)),
+        ("apply_first_block_cache", "FirstBlockCacheConfig", {"threshold": 0.5}),
+        ("apply_taylorseer_cache", "TaylorSeerCacheConfig", {"cache_interval": 3, "disable_cache_before_step": 2}),
     ],
     ids=["First Block Cache", "TaylorSeer"],
 )
-def test_caches_that_are_applied_by_hand_begin_anew_too(apply, config, folders, monkeypatch):
+def test_caches_that_are_applied_by_hand_begin_anew_too(apply, config, options, folders, monkeypatch):
+    apply, config = since(f"diffusers.hooks.{apply}"), since(f"diffusers.{config}")(**options)
     pipeline, enabled = load("flux", folders, monkeypatch), load("flux", folders, monkeypatch)
     apply(pipeline.transformer, config)
     enabled.transformer.enable_cache(config)
@@ -256,7 +268,8 @@ def test_text_keys_and_values_are_those_of_the_size():
     small = supernet.extract(SMALL)
     expected = {SMALL: output(small, inputs), LARGE: output(model, inputs)}
     for denoiser in (model, small):
-        exec(ROWS["text keys and values"][0], {"denoiser": denoiser, "TextKVCacheConfig": TextKVCacheConfig})
+        names = {"denoiser": denoiser, "TextKVCacheConfig": since("diffusers.TextKVCacheConfig")}
+        exec(ROWS["text keys and values"][0], names)
     assert relative_error(output(small, inputs), expected[SMALL]) < 1e-6
     for size in (SMALL, LARGE, SMALL):  # with the same text, that is one entry of the cache
         supernet.set_size(size)
@@ -284,6 +297,7 @@ def test_weights_may_lie_on_the_disk_between_forwards(kind, folders, monkeypatch
 
 
 def test_what_cannot_go_together_says_so(folders, monkeypatch):
+    needs_torchao()
     pipeline = load("sd", folders, monkeypatch)
     small = pipeline.extract(SMALL)
     for each in (pipeline, small):
@@ -301,6 +315,7 @@ def test_what_cannot_go_together_says_so(folders, monkeypatch):
 
 @pytest.mark.parametrize("name", ["sd15", "DiTTransformer2DModel"])
 def test_int8_weights_of_a_supernet_are_as_close_as_those_of_a_size(name):
+    quantization = needs_torchao()
     model = make_unet(name) if name == "sd15" else tiny(name)
     inputs = random_inputs(model)
     supernet = make_dropping_supernet(model, (0.6, 0.8, LARGE))
@@ -320,11 +335,12 @@ def test_int8_weights_of_a_supernet_are_as_close_as_those_of_a_size(name):
 
 
 def test_a_quantized_model_is_saved_by_diffusers_way_alone(tmp_path):
+    quantization = needs_torchao()
     supernet = make_dropping_supernet(tiny("DiTTransformer2DModel"), (0.6, LARGE))
     inputs = tiny_inputs("DiTTransformer2DModel")
     small = supernet.extract(0.6)
     small.save_pretrained(tmp_path / "small")
-    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    config = diffusers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
     loaded = type(small).from_pretrained(tmp_path / "small", quantization_config=config, torch_dtype=torch.float32)
     loaded.save_pretrained(tmp_path / "quantized")
     again = type(small).from_pretrained(tmp_path / "quantized", torch_dtype=torch.float32)

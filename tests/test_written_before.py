@@ -1,4 +1,9 @@
-"""Checkpoints that were written before modules, settings and commands got their places are read as they were."""
+"""Checkpoints that earlier code has written are read as they were: the very first, and those before the move.
+
+All of them are of format version 1, the only one so far. The first ones call their groups otherwise, do not say how
+layers are cut, and nothing ties their files together. `written_before_the_move` is of the time before modules, settings
+and commands got their places.
+"""
 
 import shutil
 from pathlib import Path
@@ -14,6 +19,7 @@ from ofadiff.commands import command
 from ofadiff.commands.app import make_app
 
 WRITTEN = Path(__file__).parent / "fixtures" / "written_before_the_move"
+FIRST = Path(__file__).parent / "fixtures" / "written_first"
 
 # What the run was asked for, whose checkpoint after two of three steps lies there.
 ASKED = {
@@ -51,6 +57,28 @@ def test_a_supernet_with_the_adapter_of_a_size(outputs):
             assert relative_error(call(denoiser, outputs), outputs[f"output at {size:g}"]) < 1e-5
     alone = OFAPipeline.from_pretrained(WRITTEN / "pipeline", size=0.5)
     assert relative_error(call(alone.unet, outputs), outputs["output at 0.5"]) < 1e-5
+
+
+def test_the_very_first_supernet(tmp_path):
+    outputs = load_file(FIRST / "outputs.safetensors")
+    pipeline = OFAPipeline.from_pretrained(FIRST / "pipeline")
+    pipeline.save_pretrained(tmp_path / "again")  # as it is written today
+    again = OFAPipeline.from_pretrained(tmp_path / "again")
+    assert pipeline.sizes == again.sizes == (0.6, 1.0)
+    for size in pipeline.sizes:
+        alone = OFAPipeline.from_pretrained(FIRST / "pipeline", size=size)
+        assert relative_error(call(alone.unet, outputs), outputs[f"output at {size:g}"]) < 1e-5
+        for supernet in (pipeline.supernet, again.supernet):
+            with supernet.at(size) as denoiser:
+                assert relative_error(call(denoiser, outputs), outputs[f"output at {size:g}"]) < 1e-5
+
+
+def test_a_later_format_is_refused_in_one_sentence(tmp_path):
+    shutil.copytree(WRITTEN / "pipeline", tmp_path / "later")
+    config = tmp_path / "later" / "unet" / "ofa_config.json"
+    config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(ValueError, match=r"ofa_config\.json has format_version 2; this ofadiff reads 1$"):
+        OFAPipeline.from_pretrained(tmp_path / "later")
 
 
 def test_an_extracted_pipeline(outputs):

@@ -297,7 +297,7 @@ def check_output_dir(files: ReportFiles) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file")
     known = files.overwrite_output_dir or not folder.exists() or is_begun(folder)
-    if not known and any(folder.iterdir()):
+    if not known and any(not path.is_dir() for path in folder.rglob("*")):
         raise ValueError(
             f"--output_dir {folder} is not empty; choose another one, or replace the report in it with "
             "--overwrite_output_dir"
@@ -305,8 +305,8 @@ def check_output_dir(files: ReportFiles) -> None:
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether there are samples of an evaluation in the folder to go on from."""
-    return any((folder / SAMPLES).rglob(PROTOCOL_NAME))
+    """Whether there is an evaluation in the folder to go on from, be it that it was killed while it began."""
+    return any((folder / SAMPLES).rglob(f"{PROTOCOL_NAME}*"))
 
 
 def check_reference(reference: ReferenceImages, files: ReportFiles) -> dict[str, str]:

@@ -17,6 +17,7 @@ from ofadiff.data.decoding import decode_image, open_image
 from ofadiff.reading.json_file import read_object
 
 PROTOCOL_NAME = "protocol.json"
+UNFINISHED = ".tmp"
 # The chunk that ends every PNG; one that was cut short lacks it.
 LAST_CHUNK = b"\0\0\0\0IEND\xaeB\x60\x82"
 
@@ -33,7 +34,10 @@ class SavedImages:
 
     def check(self, protocol: Mapping[str, Any], overwrite: bool = False) -> None:
         """Raises ValueError if the folder holds anything but images made by this protocol, or to overwrite, by any."""
-        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+        if not self.folder.exists():
+            return
+        # Killed before anything was written, an evaluation leaves nothing, or the beginnings of a protocol.
+        if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {PROTOCOL_NAME + UNFINISHED}:
             return
         saved = self._read_protocol()
         if saved is None:
@@ -51,9 +55,13 @@ class SavedImages:
         self._write(PROTOCOL_NAME, (json.dumps(protocol, indent=2, ensure_ascii=False) + "\n").encode())
 
     def remove(self) -> None:
-        """Removes the folder, if it holds images of an evaluation."""
-        if self._read_protocol() is not None:
-            shutil.rmtree(self.folder)
+        """Removes the folder, if it holds images of an evaluation; the protocol last, so that what is left has one."""
+        if self._read_protocol() is None:
+            return
+        for path in [*self.folder.iterdir()]:
+            if path.is_file() and path.name != PROTOCOL_NAME:
+                path.unlink()
+        shutil.rmtree(self.folder)
 
     def __contains__(self, index: int) -> bool:
         path = self._path(index)
@@ -69,7 +77,7 @@ class SavedImages:
 
     def __setitem__(self, index: int, image: torch.Tensor) -> None:
         path = self._path(index)
-        unfinished = path.with_suffix(".tmp")
+        unfinished = path.with_suffix(UNFINISHED)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(unfinished, "PNG")
         unfinished.replace(path)
 
@@ -81,6 +89,6 @@ class SavedImages:
         return read_object(path) if path.is_file() else None
 
     def _write(self, name: str, content: bytes) -> None:
-        unfinished = self.folder / f"{name}.tmp"
+        unfinished = self.folder / f"{name}{UNFINISHED}"
         unfinished.write_bytes(content)
         unfinished.replace(self.folder / name)

@@ -48,6 +48,7 @@ def load_extracted(
 
     Raises:
         FileNotFoundError: If the folder holds no safetensors weights of that variant.
+        ValueError: If it is no OFA checkpoint, or its files do not belong together.
     """
     directory, widths = Path(directory), subnet.widths
     values = read_ofa_config(directory)

@@ -26,6 +26,7 @@ from diffusers.utils import DummyObject
 
 from ofadiff.denoisers.pipelines import check_found_by_diffusers, class_count
 from ofadiff.diffusers_hooks import moves_weights
+from ofadiff.dtypes import torch_dtype_taken
 from ofadiff.extraction.extracted_model import WIDTHS_KEY, ExtractedModel
 from ofadiff.extraction.reader import load_extracted
 from ofadiff.layers import cut_once
@@ -126,7 +127,14 @@ class OFAPipeline:
             directory, kwargs.get("variant"), {*names, *kwargs}, custom or bool(kwargs.get("trust_remote_code"))
         )
         tables = {name: SizeTable.from_dict(read_ofa_config(directory / name)) for name in names}
-        dtypes: Any = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        if kwargs.get("dtype") is not None and kwargs.get("torch_dtype") is not None:
+            raise ValueError(
+                f"dtype is {kwargs['dtype']} and torch_dtype is {kwargs['torch_dtype']}; they are two names of one "
+                "argument, so give one of them"
+            )
+        # Either name does, whichever the installed diffusers knows.
+        dtypes: Any = kwargs.pop("dtype", None) or kwargs.get("torch_dtype")
+        kwargs |= {} if dtypes is None else {"torch_dtype": dtypes}
         denoisers = {}
         for name, subnets in tables.items():
             own = dtypes.get(name, dtypes.get("default", torch.float32)) if isinstance(dtypes, dict) else dtypes
@@ -142,7 +150,8 @@ class OFAPipeline:
         # With the denoiser given, diffusers loads everything but that. A custom pipeline may be of any class, so sizes
         # are mixed in afterwards.
         loader = DiffusionPipeline if custom else stock_pipeline_class(directory, denoisers[names[0]])
-        pipeline = loader.from_pretrained(directory, **denoisers, **{**kwargs, "use_safetensors": True})
+        with torch_dtype_taken():
+            pipeline = loader.from_pretrained(directory, **denoisers, **{**kwargs, "use_safetensors": True})
         if dtypes is None:
             # diffusers loads its own models in float32 then, transformers its own in the dtype that they are stored in.
             for component, part in pipeline.components.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ofadiff.denoisers.original import (
 )
 from ofadiff.denoisers.prepare import Prepare, prepare_mixed, prepare_recorded
 from ofadiff.denoisers.recorded import answered_channels
-from ofadiff.dtypes import PRECISIONS
+from ofadiff.dtypes import PRECISIONS, torch_dtype_taken
 from ofadiff.pipelines.calls import check_calls, described, parsed_value, read_calls
 from ofadiff.pipelines.ofa_pipeline import OFAPipeline, stock_pipeline_class
 from ofadiff.pipelines.recording import record
@@ -85,10 +84,8 @@ def load_whole_pipeline(original: Original, dtype: torch.dtype) -> Any:
     sized = any(original.folder.glob(f"*/{CONFIG_NAME}"))
     loader = OFAPipeline if sized else pipeline_class(original)
     try:
-        with warnings.catch_warnings():
-            # The only name for it that every version of diffusers takes.
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            check_pipeline(original.folder, original.variant, without)
+        check_pipeline(original.folder, original.variant, without)
+        with torch_dtype_taken():
             options = {"variant": original.variant, "torch_dtype": dtype, "use_safetensors": True}
             return loader.from_pretrained(original.folder, **options, **without)
     except (AttributeError, OSError, ValueError) as error:

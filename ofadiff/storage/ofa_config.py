@@ -29,6 +29,9 @@ OPTIONAL_OF_SUBNET = {"macs": int, "latency_ms": float}
 # What a size may be a fraction of.
 BUDGETS = ("params", "macs", "latency", "channels")
 
+# What the very first checkpoints of this version call their groups.
+FIRST_GROUPS = "ofadiff_groups"
+
 # The folder of the adapters of sizes, beside it.
 ADAPTERS_NAME = "ofa_adapters"
 
@@ -50,6 +53,8 @@ def read_ofa_config(directory: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has format_version {values.get('format_version')!r}; this ofadiff reads {FORMAT_VERSION}"
         )
+    if FIRST_GROUPS in values:
+        values["groups"] = values.pop(FIRST_GROUPS)
     check_object(values, str(path), KEYS, OPTIONAL_KEYS)
     for number, group in enumerate(values["groups"], 1):
         check_object(group, f"group {number} of {path}", {"name": str, "width": int})

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +55,43 @@ def test_images_of_another_protocol_are_refused_by_name(saved):
     with pytest.raises(ValueError, match="were made with prompt None, not 4"):
         saved.check(PROTOCOL | {"prompt": 4})
     saved.check({}, overwrite=True)
+    saved.remove()
+    assert not saved.folder.exists()
+
+
+def killed(monkeypatch, call, owner, name, after=0):
+    """Calls something that is killed when a function of a class or module has been called so many times."""
+    happen, calls = getattr(owner, name), []
+
+    def die(*args, **kwargs):
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return happen(*args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(owner, name, die)
+        call()
+
+
+def test_an_evaluation_that_was_killed_while_it_began_can_begin_again(tmp_path, monkeypatch):
+    for step in ("write_bytes", "replace"):
+        saved = SavedImages(tmp_path / step)
+        killed(monkeypatch, lambda saved=saved: saved.begin(PROTOCOL), Path, step)
+        assert saved.folder.is_dir() and not (saved.folder / "protocol.json").exists()
+        saved.check(PROTOCOL)
+        saved.begin(PROTOCOL)
+        assert [path.name for path in saved.folder.iterdir()] == ["protocol.json"]
+
+
+def test_images_that_were_half_removed_are_still_those_of_an_evaluation(saved, monkeypatch):
+    for index in range(3):
+        saved[index] = random_images(1)[0]
+    killed(monkeypatch, saved.remove, Path, "unlink", after=2)
+    assert sum(index in saved for index in range(3)) == 1
+    saved.check({}, overwrite=True)
+    killed(monkeypatch, saved.remove, shutil, "rmtree")
+    saved.check(PROTOCOL)
     saved.remove()
     assert not saved.folder.exists()
 

@@ -130,15 +130,18 @@ def test_saving_keeps_the_sizes(folder, tmp_path):
     assert torch.equal(sample(again, size=0.5), sample(pipeline, size=0.5))
 
 
-@pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")
-def test_dtype_and_variant(folder, tmp_path):
-    OFAPipeline.from_pretrained(folder, torch_dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])  # either, whichever the installed diffusers knows
+def test_dtype_and_variant(folder, tmp_path, name):
+    OFAPipeline.from_pretrained(folder, **{name: torch.float16}).save_pretrained(tmp_path / "half", variant="fp16")
     states = []
     for size in (None, 0.5):
-        loaded = OFAPipeline.from_pretrained(tmp_path / "half", size=size, variant="fp16", torch_dtype=torch.bfloat16)
+        options = {"variant": "fp16", name: torch.bfloat16}
+        loaded = OFAPipeline.from_pretrained(tmp_path / "half", size=size, **options)
         assert loaded.unet.dtype == torch.bfloat16
         states.append(loaded.extract(0.5).unet.state_dict())
     assert all(torch.equal(states[1][name], weight) for name, weight in states[0].items())
+    with pytest.raises(ValueError, match="they are two names of one argument"):
+        OFAPipeline.from_pretrained(folder, dtype=torch.float16, torch_dtype=torch.float16)
 
 
 def test_a_variant_that_only_other_components_have(tmp_path):

@@ -208,6 +208,15 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(flags, tmp_path, monke
     assert written == [6, 6]
 
 
+@pytest.mark.parametrize("left", [(), ("protocol.json.tmp",)], ids=["a folder", "the beginnings of a protocol"])
+def test_an_evaluation_that_was_killed_while_it_began_is_begun_again(flags, tmp_path, left):
+    (tmp_path / "out" / "samples" / "teacher").mkdir(parents=True)
+    for name in left:
+        (tmp_path / "out" / "samples" / "teacher" / name).write_text("{")
+    main(flags(metrics="psnr", num_samples=1, num_shown=1, num_inference_steps=1, sizes="0.5"))
+    assert len(samples(tmp_path / "out")) == 2 and not list(tmp_path.rglob("*.tmp"))
+
+
 def test_images_of_another_protocol_are_not_mixed_in(flags, files, tmp_path, capsys):
     main(flags(metrics="psnr", sizes="0.5", num_inference_steps=1))
     before = samples(tmp_path / "out")

@@ -49,8 +49,6 @@ from diffusers import (
     VQModel,
     WanPipeline,
     WanTransformer3DModel,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
 )
 from recipes.tiny_stable_diffusion import (
     LETTERS,
@@ -78,8 +76,6 @@ from transformers import (
     GPT2LMHeadModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen3Config,
-    Qwen3Model,
     RobertaTokenizer,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
@@ -87,6 +83,7 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+from versions import since
 
 CHAT = "{% for message in messages %}u {{ message['content'] }} {% endfor %}{% if add_generation_prompt %}x{% endif %}"
 DECODER = {"hidden_size": TEXT_WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -217,7 +214,7 @@ def cogview4(tokenizer, words):
 def z_image(tokenizer, words):
     words.chat_template = CHAT
     sizes = {**DECODER, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": len(words)}
-    transformer = ZImageTransformer2DModel(
+    transformer = since("diffusers.ZImageTransformer2DModel")(
         in_channels=4,
         dim=WIDTH,
         n_layers=2,
@@ -230,11 +227,11 @@ def z_image(tokenizer, words):
     )
     for token in (transformer.x_pad_token, transformer.cap_pad_token):  # diffusers leaves them uninitialized
         torch.nn.init.normal_(token)
-    return ZImagePipeline(
+    return since("diffusers.ZImagePipeline")(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=make_vae(shift_factor=0.1),
-        text_encoder=Qwen3Model(Qwen3Config(**sizes)).eval(),
+        text_encoder=since("transformers.Qwen3Model")(since("transformers.Qwen3Config")(**sizes)).eval(),
         tokenizer=words,
     )
 

@@ -7,9 +7,9 @@ whatever must not be noise is made by a function of the batch size.
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import ModelMixin
+from versions import since
 
 
 def ints(high: int, *shape: int) -> Callable[[int], torch.Tensor]:
@@ -914,7 +914,7 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def tiny(name: str, **changes: Any) -> ModelMixin:
     """The tiny model of a class in eval mode; zero-initialised weights are made random, so that every block counts."""
     torch.manual_seed(0)
-    model = getattr(diffusers, name)(**{**TINY[name][0], **changes}).eval()
+    model = since(f"diffusers.{name}")(**{**TINY[name][0], **changes}).eval()
     for parameter in model.parameters():
         if parameter.numel() and (parameter.ndim < 2 or not parameter.any()):
             torch.nn.init.normal_(parameter, mean=float(parameter.any()), std=0.2)
