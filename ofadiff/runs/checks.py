@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import whoami
 
 from ofadiff.runs.settings import Optimization, Output, RunSettings, Watching
@@ -49,8 +50,30 @@ def begin(settings: RunSettings) -> tuple[Accelerator, Path | None]:
     """
     check_output_dir(settings)
     check_hub(settings.output)
-    checkpoint = find_checkpoint(settings.output.output_dir, settings.watching.resume_from_checkpoint)
-    return make_accelerator(settings.optimization, settings.watching, settings.output), checkpoint
+    accelerator = make_accelerator(settings.optimization, settings.watching, settings.output)
+    return accelerator, agreed_checkpoint(settings, accelerator)
+
+
+def agreed_checkpoint(settings: RunSettings, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to resume from, if any; one process looks for it, so that all go on from the same.
+
+    Raises:
+        ValueError: As `find_checkpoint`, on every process.
+    """
+    resume = settings.watching.resume_from_checkpoint
+    if resume is None:
+        return None
+    found: list[str | None] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            checkpoint = find_checkpoint(settings.output.output_dir, resume)
+            found = [None if checkpoint is None else str(checkpoint), None]
+        except ValueError as error:
+            found = [None, str(error)]
+    path, mistake = broadcast_object_list(found)
+    if mistake is not None:
+        raise ValueError(mistake)
+    return None if path is None else Path(path)
 
 
 def check_same_flags(checkpoint: Path, settings: RunSettings) -> None:

@@ -30,7 +30,7 @@ from ofadiff.storage.digest import digest_of_weights
 from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
 from ofadiff.storage.pipeline_folder import find_denoiser, local_folder
 from ofadiff.training.bundles import TrainingResult
-from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint
+from ofadiff.training.checkpoint import DENOISER, check_same_run, list_checkpoints
 from ofadiff.training.single_size import SingleSize
 from ofadiff.training.train import run_values
 from ofadiff.unet_elastic import find_channel_groups
@@ -214,7 +214,7 @@ def check_output(settings: RunSettings, component: str) -> None:
         return
     if importlib.util.find_spec("peft") is None:
         raise ValueError("--lora_rank needs peft, which is not installed: pip install peft")
-    resumed = find_checkpoint(training, watching.resume_from_checkpoint) is not None
+    resumed = watching.resume_from_checkpoint is not None and bool(list_checkpoints(training))
     if out.is_dir() and out.resolve() != folder.resolve() and not resumed and set(out.iterdir()) - {training}:
         raise ValueError(
             f"--output_dir {out} is not empty; give {folder} itself for the adapter, or a new folder for a copy "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ofadiff.runs.drawing import DRAW
 from ofadiff.runs.run import Run
 from ofadiff.runs.settings import Optimization
 from ofadiff.runs.sizes import schedule_of
+from ofadiff.storage.sealed import remove
 from ofadiff.supernet import Supernet
 from ofadiff.training.bundles import Objective, TrainingResult, Watching
 from ofadiff.training.checkpoint import list_checkpoints
@@ -53,7 +53,7 @@ def train_jointly(run: Run, supernet: Supernet | SingleSize) -> TrainingResult:
     folder = settings.output.output_dir
     if accelerator.is_main_process and settings.output.overwrite_output_dir:
         for old in list_checkpoints(folder):
-            shutil.rmtree(old)
+            remove(old)
     flags = settings.flags()
     accelerator.init_trackers(watching.tracker_project_name, config=flat(flags))
     columns = DRAW[run.original.kind.condition].columns(watching)

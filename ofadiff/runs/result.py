@@ -42,7 +42,7 @@ def upload(settings: RunSettings) -> None:
     output = settings.output
     if output.push_to_hub:
         name = create_repo(output.hub_model_id or Path(output.output_dir).name, exist_ok=True).repo_id
-        logs = ["checkpoint-*", f"{settings.watching.logging_dir}/*"]
+        logs = ["checkpoint-*", ".checkpoint-*", f"{settings.watching.logging_dir}/*"]
         upload_folder(
             repo_id=name, folder_path=output.output_dir, ignore_patterns=[*logs, *(f"*/{pattern}" for pattern in logs)]
         )
