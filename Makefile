@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= demo
+KILLS ?= 20
 BIN := $(VENV)/bin
 # Tests run in one process per core; a file stays in one, with what its tests share.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test quick lint types unit docs clean
+.PHONY: demo test quick lint types unit faults docs clean
 
 demo: $(VENV)/demo
 	$(BIN)/python recipes/demo.py --output_dir $(DEMO_DIR)
@@ -15,7 +16,7 @@ test: lint types unit
 
 # What whoever edits runs: under two minutes, without what is marked slow.
 quick: lint types
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not faults"
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -26,6 +27,10 @@ types: $(VENV)/dev
 
 unit: $(VENV)/dev
 	$(PYTEST)
+
+# Every kind of run, killed KILLS times at random moments: hours on two cores. `make unit` has a short form.
+faults: $(VENV)/dev
+	KILLS=$(KILLS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m faults tests/faults
 
 # The site, in site/; a warning is an error. The variable leaves out an advertisement of the theme's.
 docs: $(VENV)/docs

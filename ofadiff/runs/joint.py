@@ -20,7 +20,7 @@ from ofadiff.runs.sizes import schedule_of
 from ofadiff.storage.sealed import remove
 from ofadiff.supernet import Supernet
 from ofadiff.training.bundles import Objective, TrainingResult, Watching
-from ofadiff.training.checkpoint import list_checkpoints
+from ofadiff.training.checkpoint import list_checkpoints, read_step
 from ofadiff.training.muon import Muon, split_weights
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.train import train
@@ -55,7 +55,7 @@ def train_jointly(run: Run, supernet: Supernet | SingleSize) -> TrainingResult:
         for old in list_checkpoints(folder):
             remove(old)
     flags = settings.flags()
-    accelerator.init_trackers(watching.tracker_project_name, config=flat(flags))
+    begin_trackers(run, flags)
     columns = DRAW[run.original.kind.condition].columns(watching)
     assert losses.distill_weight is not None
     taught = losses.distill_weight or losses.feature_distill_weight
@@ -73,6 +73,13 @@ def train_jointly(run: Run, supernet: Supernet | SingleSize) -> TrainingResult:
     data = run.data.training, run.data.validation
     built = optimizer, lr_scheduler, accelerator
     return train(supernet, *data, objective, *built, folder, schedule_of(run), watched, run.checkpoint)
+
+
+def begin_trackers(run: Run, flags: dict[str, Any]) -> None:
+    """Starts the trackers where the run starts: TensorBoard shows no step twice that was made again after a kill."""
+    begun = 0 if run.checkpoint is None else read_step(run.checkpoint) + 1
+    name, config = run.settings.watching.tracker_project_name, flat(flags) if run.checkpoint is None else None
+    run.accelerator.init_trackers(name, config, init_kwargs={"tensorboard": {"purge_step": begun}})
 
 
 def make_optimizer(optimization: Optimization, supernet: Supernet | SingleSize) -> torch.optim.Optimizer:

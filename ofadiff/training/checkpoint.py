@@ -197,6 +197,11 @@ def read_flags(checkpoint: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")).get("flags", {}) if path.is_file() else {}
 
 
+def read_step(checkpoint: str | Path) -> int:
+    """The optimizer steps that a checkpoint's run had made."""
+    return json.loads((Path(checkpoint) / "state.json").read_text(encoding="utf-8"))["step"]
+
+
 def check_flags(checkpoint: str | Path, flags: Mapping[str, Any], may_change: Collection[str]) -> None:
     """Raises ValueError if a run was asked for something else than the one that wrote a checkpoint.
 

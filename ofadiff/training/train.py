@@ -93,7 +93,7 @@ def train(
     for step in progress:
         values = run.step(step, batches)
         progress.set_postfix(loss=f"{values['loss']:.4f}", size=values["size"])
-        accelerator.log(values, step)
+        accelerator.log(values, state.step)
         due = watching.validation_steps and state.step % watching.validation_steps == 0
         if due or state.step == schedule.max_train_steps:
             run.validate(state.step)

@@ -1,0 +1,26 @@
+"""A run that is killed with SIGKILL, however often and wherever, ends as one that was never killed."""
+
+import pytest
+from faults.harness import assert_same_run, finish
+from faults.launches import LAUNCHES
+
+pytestmark = pytest.mark.slow
+
+# One kill after the other, each of them in what the one before had left.
+MOMENTS = {
+    "in a step": ("ofadiff.training.train.prediction_loss", 3),
+    "in a validation": ("ofadiff.training.train.validation_losses", 1),
+    "in a checkpoint": ("ofadiff.training.checkpoint.save_file", 2),
+    "before an old checkpoint goes": ("ofadiff.training.checkpoint.remove", 1),
+    "in the final save": ("ofadiff.runs.result.model_card", 1),
+}
+
+
+def test_a_killed_run_ends_bit_for_bit_as_if_nothing_had_happened(nursery, originals, tmp_path):
+    launch = LAUNCHES["float32"](originals)
+    finish(nursery, launch, tmp_path / "whole")
+    for name, moment in MOMENTS.items():
+        ended, log = nursery.start(launch.options(tmp_path / "killed"), moment)
+        assert ended == [-9], (name, log)
+    assert "Resuming from" in finish(nursery, launch, tmp_path / "killed")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
