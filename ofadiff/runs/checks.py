@@ -23,6 +23,7 @@ MAY_CHANGE = (
     *("pretrained_model_name_or_path", "teacher_model_name_or_path", "train_data_dir", "dataset_name"),
     *("dataset_data_files", "cache_dir", "cache_dir_latents", "dataloader_num_workers", "max_unreadable_fraction"),
     *("train_batch_size", "gradient_accumulation_steps", "importance_batch_size", "gradient_checkpointing"),
+    "max_skipped_steps",
     *("validation_steps", "validation_samples", "validation_prompts", "validation_inference_steps", "guidance_scale"),
     *("num_validation_images", "checkpointing_steps", "checkpoints_total_limit"),
     *("calls_file", "recordings_dir", "max_recordings_gb"),

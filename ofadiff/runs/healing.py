@@ -31,6 +31,7 @@ from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
 from ofadiff.storage.pipeline_folder import find_denoiser, local_folder
 from ofadiff.training.bundles import TrainingResult
 from ofadiff.training.checkpoint import DENOISER, check_same_run, list_checkpoints
+from ofadiff.training.interrupts import finished_first
 from ofadiff.training.single_size import SingleSize
 from ofadiff.training.train import run_values
 from ofadiff.unet_elastic import find_channel_groups
@@ -182,12 +183,13 @@ def save_healed(run: Run, single: SingleSize, result: TrainingResult, output_dir
     assert one is not None
     folder, out = run.original.folder, Path(output_dir)
     if accelerator.is_main_process:
-        if one.lora_rank:
-            if out.resolve() != folder.resolve():
-                copy_pipeline(folder, out)
-            save_size_adapter(SizeAdapter.from_model(single.model), out / component, single.sizes[0])
-        else:
-            save_around(component, single.model, folder, out, run.original.variant)
+        with finished_first(f"{out} is written"):
+            if one.lora_rank:
+                if out.resolve() != folder.resolve():
+                    copy_pipeline(folder, out)
+                save_size_adapter(SizeAdapter.from_model(single.model), out / component, single.sizes[0])
+            else:
+                save_around(component, single.model, folder, out, run.original.variant)
         output = dataclasses.replace(run.settings.output, output_dir=str(out))
         upload(dataclasses.replace(run.settings, output=output))
     accelerator.print(loss_table(result))

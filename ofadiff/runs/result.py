@@ -16,6 +16,7 @@ from ofadiff.sizes import SizeTable
 from ofadiff.storage.around import save_around
 from ofadiff.supernet import Supernet
 from ofadiff.training.bundles import TrainingResult
+from ofadiff.training.interrupts import finished_first
 
 
 def save(run: Run, supernet: Supernet, result: TrainingResult) -> None:
@@ -28,9 +29,10 @@ def save(run: Run, supernet: Supernet, result: TrainingResult) -> None:
     """
     accelerator, original, out = run.accelerator, run.original, run.settings.output.output_dir
     if accelerator.is_main_process:
-        save_around(original.component, supernet.model, original.folder, Path(out), original.variant)
-        card = model_card(run.settings, supernet.subnets, result)
-        (Path(out) / "README.md").write_text(card, encoding="utf-8")
+        with finished_first(f"{out} is written"):
+            save_around(original.component, supernet.model, original.folder, Path(out), original.variant)
+            card = model_card(run.settings, supernet.subnets, result)
+            (Path(out) / "README.md").write_text(card, encoding="utf-8")
         upload(run.settings)
     accelerator.print(loss_table(result))
     accelerator.print(f"{out} holds {len(supernet.sizes)} sizes: OFAPipeline.from_pretrained loads it")

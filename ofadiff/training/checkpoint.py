@@ -63,6 +63,9 @@ class TrainingState:
         history: Validation losses, {step: {size: loss}}.
         place: Where to read on, of streamed data only.
         unreadable: Samples so far that could not be read, so that others took their place.
+        skipped: Steps so far whose loss or gradient was not finite, so that nothing was changed.
+        skipped_in_row: Those among them that came last, one after the other.
+        validation_missing: Whether a signal has come before a validation that was due.
         skeleton: `without_weights` of the supernet, only where FSDP splits its weights over processes. The average is
             then one of each process' shards.
     """
@@ -79,6 +82,9 @@ class TrainingState:
     history: dict[int, dict[float, float]] = field(default_factory=dict)
     place: Place | None = None
     unreadable: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    validation_missing: bool = False
     skeleton: Supernet | None = None
 
 
@@ -122,6 +128,9 @@ def save_checkpoint(
         "history": state.history,
         "place": state.place,
         "unreadable": state.unreadable,
+        "skipped": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+        "validation_missing": state.validation_missing,
         "ema_steps": state.ema.optimization_step,
         "optimizer": {key: value for key, value in entries.items() if key not in tensors},
         "param_groups": optimizer["param_groups"],
@@ -176,6 +185,8 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     state.seconds = saved["seconds"]
     state.place = None if saved["place"] is None else tuple(saved["place"])
     state.unreadable = saved.get("unreadable", 0)
+    state.skipped, state.skipped_in_row = saved.get("skipped", 0), saved.get("skipped_in_row", 0)
+    state.validation_missing = saved.get("validation_missing", False)
     state.history = {
         int(step): {float(size): loss for size, loss in losses.items()} for step, losses in saved["history"].items()
     }

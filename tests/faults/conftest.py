@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import plain_unet
 from diffusers import DDPMPipeline, DDPMScheduler
-from faults.harness import Nursery
+from faults.harness import Nursery, finish
+from faults.launches import pixels
 from recipes.tiny_stable_diffusion import save_captioned_images, save_stable_diffusion
 from training.tiny_shards import save_shards
 
@@ -30,4 +31,12 @@ def originals(tmp_path_factory):
     save_shards(folder / "shards", counts=(9, 7, 8))
     calls = [json.dumps({"batch_size": 1, "num_inference_steps": 3}) for _ in range(6)]
     (folder / "calls.jsonl").write_text("\n".join(calls))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(nursery, originals, tmp_path_factory):
+    """The output folder of a run in float32 that was never killed."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    finish(nursery, pixels(originals), folder)
     return folder

@@ -99,6 +99,8 @@ class Nursery:
             for pid in pids[which]:
                 with suppress(ProcessLookupError):  # it has come to its end before
                     os.kill(pid, number)
+            if number != signal.SIGKILL:
+                reached.unlink(missing_ok=True)
         ended = self.answer()
         self.seconds = time.monotonic() - started
         return ended, log.read_text() if log.exists() else ""

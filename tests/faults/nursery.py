@@ -1,14 +1,15 @@
 """Starts recipes in processes of their own, forked from this one, which has imported all that they need: seconds count.
 
 Reads a JSON line for each start and answers with the process ids, and again with how they ended. A process is told to
-stop at a moment by the name of a function of the library: at the n-th call of it, it says so in a file and waits to be
-killed from outside.
+wait at a moment by the name of a function of the library: at the n-th call of it, it makes a file and waits until that
+is gone, or the process is killed from outside.
 """
 
 import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,8 +24,8 @@ import ofadiff.runs.checks
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def stop_at(moment, count, reached):
-    """At the n-th call of a function the process waits for its end."""
+def wait_at(moment, count, reached):
+    """Lets the process wait at the n-th call of a function."""
     module, _, name = moment.rpartition(".")
     module = importlib.import_module(module)
     function, calls = getattr(module, name), []
@@ -33,7 +34,8 @@ def stop_at(moment, count, reached):
         calls.append(name)
         if len(calls) == count:
             Path(reached).touch()
-            time.sleep(3600)
+            while Path(reached).exists():
+                time.sleep(0.005)
         return function(*arguments, **options)
 
     setattr(module, name, call)
@@ -51,8 +53,11 @@ def become(order, rank):
     if order["sharded"]:
         ofadiff.runs.checks.Accelerator = make_sharded_accelerator
     if order["moment"] is not None and rank == 0:
-        stop_at(*order["moment"], order["reached"])
+        wait_at(*order["moment"], order["reached"])
     torch.set_num_threads(1)
+    # As a shell starts it, whatever this process was told to ignore.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.argv = [str(RECIPES / order["recipe"]), *order["words"]]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

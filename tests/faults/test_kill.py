@@ -2,7 +2,7 @@
 
 import pytest
 from faults.harness import assert_same_run, finish
-from faults.launches import LAUNCHES
+from faults.launches import pixels
 
 pytestmark = pytest.mark.slow
 
@@ -16,11 +16,10 @@ MOMENTS = {
 }
 
 
-def test_a_killed_run_ends_bit_for_bit_as_if_nothing_had_happened(nursery, originals, tmp_path):
-    launch = LAUNCHES["float32"](originals)
-    finish(nursery, launch, tmp_path / "whole")
+def test_a_killed_run_ends_bit_for_bit_as_if_nothing_had_happened(nursery, originals, whole, tmp_path):
+    launch, folder = pixels(originals), tmp_path / "killed"
     for name, moment in MOMENTS.items():
-        ended, log = nursery.start(launch.options(tmp_path / "killed"), moment)
+        ended, log = nursery.start(launch.options(folder), moment)
         assert ended == [-9], (name, log)
-    assert "Resuming from" in finish(nursery, launch, tmp_path / "killed")
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert "Resuming from" in finish(nursery, launch, folder)
+    assert_same_run(folder, whole)
