@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= demo
+KILLS ?= 20
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
 # Tests run in one process per core; a file stays in one, with what its tests share.
@@ -28,9 +29,10 @@ types: $(VENV)/dev
 unit: $(VENV)/dev
 	$(PYTEST)
 
-# What takes minutes, or hours: `make unit` has a short form of each.
+# Every kind of run, killed KILLS times at random moments, and other tests of minutes: hours on two cores. `make unit` has
+# a short form of each.
 faults: $(VENV)/dev
-	$(PYTEST) -m faults
+	KILLS=$(KILLS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m faults tests/faults
 
 # The tests on the oldest versions that pyproject.toml allows.
 test-oldest: $(OLDEST)/dev

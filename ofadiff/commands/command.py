@@ -11,7 +11,7 @@ import yaml
 from cyclopts import App, CycloptsError, Parameter, ValidationError
 from cyclopts.config import Yaml
 
-from ofadiff.commands.processes import who_fails
+from ofadiff.commands.processes import end_by_signal, sigterm_as_ctrl_c, who_fails
 from ofadiff.evaluation.finite import NotFiniteError
 
 EPILOGUE = (
@@ -75,17 +75,24 @@ def check_yaml(path: str) -> None:
 def main(app: App, words: Sequence[str] | None = None) -> Any:
     """A command from the command line; ends the process with status 2 and one sentence where a user got it wrong.
 
+    After Ctrl-C the status is 130, after SIGTERM 143.
+
     Args:
         app: With one command or several.
         words: By default those of the command line.
     """
     words = sys.argv[1:] if words is None else list(words)
     try:
-        return call(app, words)
+        with sigterm_as_ctrl_c():
+            return call(app, words)
     except MISTAKES as error:
         if "--debug" in words:
             raise
         fail(app.name[0], error)
+    except KeyboardInterrupt as stop:
+        if "--debug" in words:
+            raise
+        end_by_signal(app.name[0], stop)
 
 
 def fail(name: str, error: Exception) -> NoReturn:

@@ -16,6 +16,7 @@ from ofadiff.data.captions import caption_choices, column_path, find_entry
 from ofadiff.data.decoding import decode_image, open_image
 from ofadiff.data.hub_datasets import datasets_library
 from ofadiff.data.images import NAMED, Images, reason_of
+from ofadiff.data.order import leave_signals
 from ofadiff.data.shards import ERROR, KEY, URL, Example, TarShards, decode_column
 from ofadiff.data.stream import Place, Stream, StreamBatches, StreamKey
 
@@ -173,8 +174,10 @@ def load_stream(
     data: TextToImageStream, batches: IterableDataset[list[StreamKey]], num_workers: int = 0
 ) -> DataLoader[dict[str, Any]]:
     """Loads batches of keys, in order; with workers, one more process reads the stream."""
-    keys = DataLoader(batches, batch_size=None, num_workers=min(num_workers, 1), collate_fn=_as_it_is)
-    return DataLoader(data, batch_sampler=keys, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    options: dict[str, Any] = {"worker_init_fn": leave_signals}
+    keys = DataLoader(batches, batch_size=None, num_workers=min(num_workers, 1), collate_fn=_as_it_is, **options)
+    options["pin_memory"] = torch.cuda.is_available()
+    return DataLoader(data, batch_sampler=keys, num_workers=num_workers, **options)
 
 
 def _as_it_is(keys: list[StreamKey]) -> list[StreamKey]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -100,7 +101,14 @@ def load_batches(data: Samples, batches: Iterable[Sequence[Key]], num_workers: i
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=collate is None and torch.cuda.is_available(),
+        worker_init_fn=leave_signals,
     )
+
+
+def leave_signals(worker: int) -> None:
+    """In a process that loads images: Ctrl-C, which a terminal sends to all, is for the one that trains to hear."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def fixed_batches(

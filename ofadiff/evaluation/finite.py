@@ -11,9 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-
-class NotFiniteError(RuntimeError):
-    """A model gave values that are not finite, or a number came of them that is not."""
+from ofadiff.training.validation import NotFiniteError
 
 
 @contextmanager

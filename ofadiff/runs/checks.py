@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import whoami
 
 from ofadiff.reading.names import check_links
@@ -23,6 +24,7 @@ MAY_CHANGE = (
     *("pretrained_model_name_or_path", "teacher_model_name_or_path", "train_data_dir", "dataset_name"),
     *("dataset_data_files", "cache_dir", "cache_dir_latents", "dataloader_num_workers", "max_unreadable_fraction"),
     *("train_batch_size", "gradient_accumulation_steps", "importance_batch_size", "gradient_checkpointing"),
+    "max_skipped_steps",
     *("validation_steps", "validation_samples", "validation_prompts", "validation_inference_steps", "guidance_scale"),
     *("num_validation_images", "checkpointing_steps", "checkpoints_total_limit"),
     *("calls_file", "recordings_dir", "max_recordings_gb"),
@@ -53,8 +55,30 @@ def begin(settings: RunSettings) -> tuple[Accelerator, Path | None]:
     folder = Path(settings.model.pretrained_model_name_or_path)
     if folder.is_dir():
         check_links(folder)  # what is not trained will be copied
-    checkpoint = find_checkpoint(settings.output.output_dir, settings.watching.resume_from_checkpoint)
-    return make_accelerator(settings.optimization, settings.watching, settings.output), checkpoint
+    accelerator = make_accelerator(settings.optimization, settings.watching, settings.output)
+    return accelerator, agreed_checkpoint(settings, accelerator)
+
+
+def agreed_checkpoint(settings: RunSettings, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to resume from, if any; one process looks for it, so that all go on from the same.
+
+    Raises:
+        ValueError: As `find_checkpoint`, on every process.
+    """
+    resume = settings.watching.resume_from_checkpoint
+    if resume is None:
+        return None
+    found: list[str | None] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            checkpoint = find_checkpoint(settings.output.output_dir, resume)
+            found = [None if checkpoint is None else str(checkpoint), None]
+        except ValueError as error:
+            found = [None, str(error)]
+    path, mistake = broadcast_object_list(found)
+    if mistake is not None:
+        raise ValueError(mistake)
+    return None if path is None else Path(path)
 
 
 def check_same_flags(checkpoint: Path, settings: RunSettings) -> None:

@@ -31,7 +31,8 @@ from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
 from ofadiff.storage.pipeline_folder import find_denoiser, local_folder
 from ofadiff.storage.strangers import check_model
 from ofadiff.training.bundles import TrainingResult
-from ofadiff.training.checkpoint import DENOISER, check_same_run, find_checkpoint
+from ofadiff.training.checkpoint import DENOISER, check_same_run, list_checkpoints
+from ofadiff.training.interrupts import finished_first
 from ofadiff.training.single_size import SingleSize
 from ofadiff.training.train import run_values
 from ofadiff.unet_elastic import find_channel_groups
@@ -183,12 +184,13 @@ def save_healed(run: Run, single: SingleSize, result: TrainingResult, output_dir
     assert one is not None
     folder, out = run.original.folder, Path(output_dir)
     if accelerator.is_main_process:
-        if one.lora_rank:
-            if out.resolve() != folder.resolve():
-                copy_pipeline(folder, out)
-            save_size_adapter(SizeAdapter.from_model(single.model), out / component, single.sizes[0])
-        else:
-            save_around(component, single.model, folder, out, run.original.variant)
+        with finished_first(f"{out} is written"):
+            if one.lora_rank:
+                if out.resolve() != folder.resolve():
+                    copy_pipeline(folder, out)
+                save_size_adapter(SizeAdapter.from_model(single.model), out / component, single.sizes[0])
+            else:
+                save_around(component, single.model, folder, out, run.original.variant)
         output = dataclasses.replace(run.settings.output, output_dir=str(out))
         upload(dataclasses.replace(run.settings, output=output))
     accelerator.print(loss_table(result))
@@ -215,7 +217,7 @@ def check_output(settings: RunSettings, component: str) -> None:
         return
     if importlib.util.find_spec("peft") is None:
         raise ValueError("--lora_rank needs peft, which is not installed: pip install peft")
-    resumed = find_checkpoint(training, watching.resume_from_checkpoint) is not None
+    resumed = watching.resume_from_checkpoint is not None and bool(list_checkpoints(training))
     if out.is_dir() and out.resolve() != folder.resolve() and not resumed and set(out.iterdir()) - {training}:
         raise ValueError(
             f"--output_dir {out} is not empty; give {folder} itself for the adapter, or a new folder for a copy "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from ofadiff.runs.drawing import DRAW
 from ofadiff.runs.run import Run
 from ofadiff.runs.settings import Optimization
 from ofadiff.runs.sizes import schedule_of
+from ofadiff.storage.sealed import remove
 from ofadiff.supernet import Supernet
 from ofadiff.training.bundles import Objective, TrainingResult, Watching
-from ofadiff.training.checkpoint import list_checkpoints
+from ofadiff.training.checkpoint import list_checkpoints, read_step
 from ofadiff.training.muon import Muon, split_weights
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.train import train
@@ -35,7 +35,9 @@ def train_jointly(run: Run, supernet: Supernet | SingleSize) -> TrainingResult:
 
     Raises:
         ValueError: If the checkpoint to resume from is another run's.
-        RuntimeError: If the loss is not finite, or too many samples of a stream cannot be read.
+        RuntimeError: If a validation's loss is not finite, or those of `--max_skipped_steps` steps in a row; or if too
+            many samples of a stream cannot be read.
+        InterruptedRun: After Ctrl-C or SIGTERM, with a checkpoint.
     """
     accelerator, settings = run.accelerator, run.settings
     optimization, watching, losses = settings.optimization, settings.watching, settings.losses
@@ -53,9 +55,9 @@ def train_jointly(run: Run, supernet: Supernet | SingleSize) -> TrainingResult:
     folder = settings.output.output_dir
     if accelerator.is_main_process and settings.output.overwrite_output_dir:
         for old in list_checkpoints(folder):
-            shutil.rmtree(old)
+            remove(old)
     flags = settings.flags()
-    accelerator.init_trackers(watching.tracker_project_name, config=flat(flags))
+    begin_trackers(run, flags)
     columns = DRAW[run.original.kind.condition].columns(watching)
     assert losses.distill_weight is not None
     taught = losses.distill_weight or losses.feature_distill_weight
@@ -73,6 +75,13 @@ def train_jointly(run: Run, supernet: Supernet | SingleSize) -> TrainingResult:
     data = run.data.training, run.data.validation
     built = optimizer, lr_scheduler, accelerator
     return train(supernet, *data, objective, *built, folder, schedule_of(run), watched, run.checkpoint)
+
+
+def begin_trackers(run: Run, flags: dict[str, Any]) -> None:
+    """Starts the trackers where the run starts: TensorBoard shows no step twice that was made again after a kill."""
+    begun = 0 if run.checkpoint is None else read_step(run.checkpoint) + 1
+    name, config = run.settings.watching.tracker_project_name, flat(flags) if run.checkpoint is None else None
+    run.accelerator.init_trackers(name, config, init_kwargs={"tensorboard": {"purge_step": begun}})
 
 
 def make_optimizer(optimization: Optimization, supernet: Supernet | SingleSize) -> torch.optim.Optimizer:

@@ -16,6 +16,7 @@ from ofadiff.sizes import SizeTable
 from ofadiff.storage.around import save_around
 from ofadiff.supernet import Supernet
 from ofadiff.training.bundles import TrainingResult
+from ofadiff.training.interrupts import finished_first
 
 
 def save(run: Run, supernet: Supernet, result: TrainingResult) -> None:
@@ -28,9 +29,10 @@ def save(run: Run, supernet: Supernet, result: TrainingResult) -> None:
     """
     accelerator, original, out = run.accelerator, run.original, run.settings.output.output_dir
     if accelerator.is_main_process:
-        save_around(original.component, supernet.model, original.folder, Path(out), original.variant)
-        card = model_card(run.settings, supernet.subnets, result)
-        (Path(out) / "README.md").write_text(card, encoding="utf-8")
+        with finished_first(f"{out} is written"):
+            save_around(original.component, supernet.model, original.folder, Path(out), original.variant)
+            card = model_card(run.settings, supernet.subnets, result)
+            (Path(out) / "README.md").write_text(card, encoding="utf-8")
         upload(run.settings)
     accelerator.print(loss_table(result))
     accelerator.print(f"{out} holds {len(supernet.sizes)} sizes: OFAPipeline.from_pretrained loads it")
@@ -42,7 +44,7 @@ def upload(settings: RunSettings) -> None:
     output = settings.output
     if output.push_to_hub:
         name = create_repo(output.hub_model_id or Path(output.output_dir).name, exist_ok=True).repo_id
-        logs = ["checkpoint-*", f"{settings.watching.logging_dir}/*"]
+        logs = ["checkpoint-*", ".checkpoint-*", f"{settings.watching.logging_dir}/*"]
         upload_folder(
             repo_id=name, folder_path=output.output_dir, ignore_patterns=[*logs, *(f"*/{pattern}" for pattern in logs)]
         )

@@ -280,6 +280,8 @@ class Optimization(Bundle):
     """of AdamW"""
     max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """gradients are clipped to this norm"""
+    max_skipped_steps: Annotated[int, COUNT] = 10
+    """a step whose loss or gradient is not finite is skipped; so many of them in a row stop the run"""
     ema_decay: Annotated[float, BELOW_ONE] = 0.9999
     """largest decay of the average of the weights"""
     offload_ema: bool = False

@@ -177,6 +177,7 @@ def schedule_of(run: Run) -> Schedule:
         strategy="uniform" if one else compression.reweight,
         strategy_options={} if one else compression.strategy_options(),
         max_grad_norm=optimization.max_grad_norm,
+        max_skipped_steps=optimization.max_skipped_steps,
         ema_decay=optimization.ema_decay,
         offload_ema=optimization.offload_ema,
         num_workers=run.settings.data.dataloader_num_workers,

@@ -42,6 +42,7 @@ class Schedule:
         ema_decay: The average's largest decay; early steps use a smaller one, so that short runs average well too.
         offload_ema: Whether the average stays in main memory, which costs a copy of the weights per step.
         num_workers: Processes that load images, per training process.
+        max_skipped_steps: Steps whose loss or gradient is not finite are skipped; so many in a row stop the run.
     """
 
     max_train_steps: int
@@ -53,6 +54,7 @@ class Schedule:
     ema_decay: float = 0.9999
     offload_ema: bool = False
     num_workers: int = 0
+    max_skipped_steps: int = 10
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,34 @@ metadata, the other random states. And neither knows the average of the weights,
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ofadiff.data.stream import Place
+from ofadiff.storage.sealed import DIGESTS_NAME, find_fault, remove, sealed_aside
 from ofadiff.supernet import Supernet
 from ofadiff.training.sharding import gather_like, gather_to_cpu, shard, shard_like
 from ofadiff.training.single_size import SingleSize, trained_weights
 
+logger = logging.getLogger(__name__)
+
 DENOISER = "denoiser"
+
+# A checkpoint's folder, or one that was being replaced when a kill came.
+NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)-replaced")
 
 # What an optimizer is made with. The learning rate is that at the start; the scheduler changes the other one.
 SETTINGS = {
@@ -54,6 +63,9 @@ class TrainingState:
         history: Validation losses, {step: {size: loss}}.
         place: Where to read on, of streamed data only.
         unreadable: Samples so far that could not be read, so that others took their place.
+        skipped: Steps so far whose loss or gradient was not finite, so that nothing was changed.
+        skipped_in_row: Those among them that came last, one after the other.
+        validation_missing: Whether a signal has come before a validation that was due.
         skeleton: `without_weights` of the supernet, only where FSDP splits its weights over processes. The average is
             then one of each process' shards.
     """
@@ -70,6 +82,9 @@ class TrainingState:
     history: dict[int, dict[float, float]] = field(default_factory=dict)
     place: Place | None = None
     unreadable: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    validation_missing: bool = False
     skeleton: Supernet | None = None
 
 
@@ -78,8 +93,9 @@ def save_checkpoint(
 ) -> Path:
     """Writes `checkpoint-{step}` into a folder, and removes the oldest ones beyond `total_limit`.
 
-    The checkpoint is made under a hidden name and then renamed: a killed run leaves whole checkpoints only. It is the
-    same whether FSDP splits the weights or not.
+    The checkpoint is made under a hidden name, with a digest of every file, and renamed once it is on the disk: a
+    killed run leaves whole checkpoints only. It is the same whether FSDP splits the weights or not. Torn checkpoints
+    do not count among those that are kept.
 
     Args:
         state: State of the run.
@@ -89,10 +105,12 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder. A supernet's `denoiser/` in it is one for `Supernet.from_pretrained`.
+
+    Raises:
+        OSError: If it cannot be written, such as for want of room. The others stay as they were.
     """
     output_dir = Path(output_dir)
     checkpoint = output_dir / f"checkpoint-{state.step}"
-    unfinished = output_dir / f".checkpoint-{state.step}"
     supernet = whole_supernet(state, keep=write)
     averages = gather_to_cpu(_averages(state), keep=write)
     optimizer = state.optimizer.state_dict()
@@ -102,13 +120,6 @@ def save_checkpoint(
     if not write:
         return checkpoint
 
-    for leftover in output_dir.glob(".checkpoint-*"):
-        shutil.rmtree(leftover)
-    unfinished.mkdir(parents=True)
-
-    supernet.save_pretrained(unfinished / DENOISER)
-    save_file(averages, unfinished / "ema.safetensors")
-    save_file(tensors, unfinished / "optimizer.safetensors")
     rest = {
         "run": state.run,
         "flags": state.flags,
@@ -117,19 +128,24 @@ def save_checkpoint(
         "history": state.history,
         "place": state.place,
         "unreadable": state.unreadable,
+        "skipped": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+        "validation_missing": state.validation_missing,
         "ema_steps": state.ema.optimization_step,
         "optimizer": {key: value for key, value in entries.items() if key not in tensors},
         "param_groups": optimizer["param_groups"],
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        "digests": DIGESTS_NAME,
     }
-    (unfinished / "state.json").write_text(json.dumps(rest, indent=2) + "\n")
-
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    os.replace(unfinished, checkpoint)
+    _remove_leftovers(output_dir)
+    with _said_what_is_left(checkpoint), sealed_aside(checkpoint) as unfinished:
+        supernet.save_pretrained(unfinished / DENOISER)
+        save_file(averages, unfinished / "ema.safetensors")
+        save_file(tensors, unfinished / "optimizer.safetensors")
+        (unfinished / "state.json").write_text(json.dumps(rest, indent=2) + "\n")
     if total_limit is not None:
-        for old in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
+        _keep_newest(checkpoint, total_limit)
     return checkpoint
 
 
@@ -169,6 +185,8 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     state.seconds = saved["seconds"]
     state.place = None if saved["place"] is None else tuple(saved["place"])
     state.unreadable = saved.get("unreadable", 0)
+    state.skipped, state.skipped_in_row = saved.get("skipped", 0), saved.get("skipped_in_row", 0)
+    state.validation_missing = saved.get("validation_missing", False)
     state.history = {
         int(step): {float(size): loss for size, loss in losses.items()} for step, losses in saved["history"].items()
     }
@@ -188,6 +206,11 @@ def read_flags(checkpoint: str | Path) -> dict[str, Any]:
     """What the run that wrote a checkpoint was asked for; older ones have kept nothing."""
     path = Path(checkpoint) / "state.json"
     return json.loads(path.read_text(encoding="utf-8")).get("flags", {}) if path.is_file() else {}
+
+
+def read_step(checkpoint: str | Path) -> int:
+    """The optimizer steps that a checkpoint's run had made."""
+    return json.loads((Path(checkpoint) / "state.json").read_text(encoding="utf-8"))["step"]
 
 
 def check_flags(checkpoint: str | Path, flags: Mapping[str, Any], may_change: Collection[str]) -> None:
@@ -219,10 +242,13 @@ def _check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints in a folder, by step."""
-    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
-    steps = {path: int(match[1]) for path, match in found.items() if match}
-    return sorted(steps, key=lambda path: steps[path])
+    """The checkpoints in a folder, by step, whole or torn."""
+    found = {path: NAME.fullmatch(path.name) for path in Path(output_dir).glob("*checkpoint-*")}
+    steps = {path: int(match[1] or match[2]) for path, match in found.items() if match}
+    there = {step for path, step in steps.items() if not path.name.startswith(".")}
+    # While a checkpoint was being replaced, a kill has left the old one under a hidden name only.
+    listed = [path for path, step in steps.items() if not path.name.startswith(".") or step not in there]
+    return sorted(listed, key=lambda path: steps[path])
 
 
 def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
@@ -230,26 +256,104 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
 
     Args:
         output_dir: The run's folder.
-        resume: `"latest"`, a checkpoint's folder or its name in the run's folder, or None.
+        resume: `"latest"` for the newest whole one (torn ones are named in a warning and passed over), a checkpoint's
+            folder or its name in the run's folder, or None.
 
     Returns:
         None where `resume` is, and for `"latest"` where there is none yet.
 
     Raises:
-        ValueError: If the named folder is not a checkpoint.
+        ValueError: If the named folder is not a checkpoint, or torn; for `"latest"` if every one is torn.
     """
     if resume is None:
         return None
+    known = list_checkpoints(output_dir)
     if resume == "latest":
-        return next(reversed(list_checkpoints(output_dir)), None)
+        return _newest_whole(known)
     for checkpoint in (Path(output_dir) / resume, Path(resume)):
-        if (checkpoint / "state.json").is_file():
+        if checkpoint.is_dir() and (NAME.fullmatch(checkpoint.name) or (checkpoint / "state.json").is_file()):
+            torn = find_torn(checkpoint)
+            if torn is not None:
+                raise ValueError(f"cannot resume from {checkpoint}, which is torn: {torn}; 'latest' is a whole one")
             return checkpoint
-    known = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+    names = ", ".join(path.name for path in known) or "none"
     raise ValueError(
         f"{resume} is not a checkpoint to resume from; expected a checkpoint-N folder, or 'latest'; in {output_dir} "
-        f"there is {known}"
+        f"there is {names}"
     )
+
+
+def find_torn(checkpoint: Path, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None if they are whole, as far as that can be known.
+
+    Args:
+        checkpoint: Its folder. Older ones have no digests: of them it is known whether a file is cut short.
+        contents: Whether every file is read; otherwise only its length is looked at.
+    """
+    try:
+        saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "state.json is missing"
+    except ValueError:
+        return "state.json is no JSON"
+    if (isinstance(saved, dict) and "digests" in saved) or (checkpoint / DIGESTS_NAME).exists():
+        return find_fault(checkpoint, contents)
+    for name in ("ema.safetensors", "optimizer.safetensors"):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        try:
+            safe_open(path, framework="pt")
+        except SafetensorError as error:
+            return f"{path.relative_to(checkpoint)} is not what was written: {error}"
+    return None
+
+
+def _newest_whole(checkpoints: list[Path]) -> Path | None:
+    """The last one that is whole; the torn ones behind it are named. Raises ValueError if every one is torn."""
+    torn: list[str] = []
+    for checkpoint in reversed(checkpoints):
+        fault = find_torn(checkpoint)
+        if fault is None:
+            return checkpoint
+        logger.warning("%s is torn and passed over: %s", checkpoint, fault)
+        torn.append(f"{checkpoint.name} ({fault})")
+    if torn:
+        raise ValueError(
+            f"no checkpoint in {checkpoints[0].parent} is whole: {', '.join(torn)}; bring a whole one back, choose "
+            "another output folder, or start anew with --overwrite_output_dir"
+        )
+    return None
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    """Removes what kills have left under hidden names, but for the only copy of a checkpoint, which gets its name."""
+    for orphan in list_checkpoints(output_dir):
+        if orphan.name.startswith("."):
+            os.replace(orphan, orphan.with_name(orphan.name[1:].removesuffix("-replaced")))
+    for leftover in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(leftover)
+
+
+@contextmanager
+def _said_what_is_left(checkpoint: Path) -> Iterator[None]:
+    """What stops a checkpoint from being written is an error that names what a run can go on from."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        whole = [each.name for each in list_checkpoints(checkpoint.parent) if find_torn(each, contents=False) is None]
+        left = "there is no earlier checkpoint"
+        if whole:
+            left = f"{whole[-1]} is whole: mend that, and go on with --resume_from_checkpoint latest"
+        raise OSError(f"cannot write {checkpoint}: {error}; {left}") from error
+
+
+def _keep_newest(newest: Path, total_limit: int) -> None:
+    """Removes the oldest checkpoints beyond a number of whole ones, of which the newest is one."""
+    others = [each for each in list_checkpoints(newest.parent) if each != newest]
+    others = [each for each in others if find_torn(each, contents=False) is None]
+    for old in others[: max(0, len(others) + 1 - total_limit)]:
+        remove(old)
 
 
 def whole_supernet(state: TrainingState, keep: bool = True) -> Supernet | SingleSize:

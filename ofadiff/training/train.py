@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ofadiff.data.captioned_stream import TextToImageStream, load_stream
+from ofadiff.data.images import NAMED
 from ofadiff.data.order import Samples, fixed_batches, load_batches, step_batches
 from ofadiff.data.stream import START
 from ofadiff.denoisers.prepare import DenoiserInputs, parts_of
@@ -25,12 +26,25 @@ from ofadiff.noise.draws import Batch
 from ofadiff.reweight import sample_size
 from ofadiff.supernet import Supernet
 from ofadiff.training.bundles import Objective, Schedule, TrainingResult, Watching
-from ofadiff.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint, whole_supernet
+from ofadiff.training.checkpoint import (
+    TrainingState,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    whole_supernet,
+)
 from ofadiff.training.distill import block_outputs, distillation_loss
+from ofadiff.training.interrupts import STOPPING, InterruptedRun, Interrupts, name_of
 from ofadiff.training.losses import predict, prediction_loss
-from ofadiff.training.sharding import check_sharding, is_sharded, shard, without_weights
+from ofadiff.training.sharding import check_sharding, gather, is_sharded, shard, without_weights
 from ofadiff.training.single_size import SingleSize, trained_weights
-from ofadiff.training.validation import averaged_weights, check_finite, validation_loss, validation_losses
+from ofadiff.training.validation import (
+    NotFiniteError,
+    averaged_weights,
+    check_finite,
+    validation_loss,
+    validation_losses,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +70,9 @@ def train(
     teacher. Sizes, samples and noise depend on the seed and the step only, so processes agree, and a run that is killed
     and resumed ends with the same weights. Dropout follows: the global random state is reseeded before every forward.
 
+    A step whose loss or gradient is not finite changes nothing, on any process. Ctrl-C and SIGTERM end the run after
+    the step that is being made, with a checkpoint; a second one ends it at once.
+
     Args:
         supernet: What is trained; or one size of it, extracted.
         train_data: Samples by key, such as `ImageData`, or a stream of them.
@@ -71,7 +88,10 @@ def train(
 
     Raises:
         ValueError: If the strategy is unknown, or the checkpoint is another run's.
-        RuntimeError: If the loss is not finite, or too many samples of a stream cannot be read.
+        NotFiniteError: If `max_skipped_steps` losses in a row are not finite, or a validation's loss is not.
+        RuntimeError: If too many samples of a stream cannot be read.
+        OSError: If a checkpoint cannot be written.
+        InterruptedRun: After a signal. It is a KeyboardInterrupt.
 
     Example:
         >>> objective = Objective(prepare, teacher)
@@ -79,29 +99,36 @@ def train(
         >>> train(supernet, data, None, objective, optimizer, lr_scheduler, Accelerator(), "out", schedule)
     """
     watching = Watching() if watching is None else watching
-    run = _Run(supernet, train_data, objective, optimizer, lr_scheduler, accelerator, schedule, watching, resume_from)
-    run.begin_validation(validation_data)
-    state = run.state
-    started = time.perf_counter() - state.seconds
-    if state.step == 0:
-        run.validate(0)
-    steps = range(state.step, schedule.max_train_steps)
-    batches = run.batches(steps)
-    show = accelerator.is_local_main_process
-    progress = tqdm(steps, "Training", initial=state.step, total=schedule.max_train_steps, disable=not show)
-    supernet.model.train()
-    for step in progress:
-        values = run.step(step, batches)
-        progress.set_postfix(loss=f"{values['loss']:.4f}", size=values["size"])
-        accelerator.log(values, step)
-        due = watching.validation_steps and state.step % watching.validation_steps == 0
-        if due or state.step == schedule.max_train_steps:
+    built = optimizer, lr_scheduler, accelerator, output_dir
+    with Interrupts() as interrupts:
+        run = _Run(supernet, train_data, objective, *built, schedule, watching, resume_from, interrupts)
+        run.begin_validation(validation_data)
+        state = run.state
+        started = time.perf_counter() - state.seconds
+        if state.step == 0 or state.validation_missing:
             run.validate(state.step)
-        state.seconds = time.perf_counter() - started
-        if watching.checkpointing_steps and state.step % watching.checkpointing_steps == 0:
-            limit = watching.checkpoints_total_limit
-            save_checkpoint(state, output_dir, limit, write=accelerator.is_main_process)
-            accelerator.wait_for_everyone()
+        steps = range(state.step, schedule.max_train_steps)
+        batches = run.batches(steps)
+        show = accelerator.is_local_main_process
+        progress = tqdm(steps, "Training", initial=state.step, total=schedule.max_train_steps, disable=not show)
+        supernet.model.train()
+        for step in progress:
+            values = run.step(step, batches)
+            progress.set_postfix(loss=f"{values['loss']:.4f}", size=values["size"])
+            accelerator.log(values, state.step)
+            state.seconds = time.perf_counter() - started
+            due = watching.validation_steps and state.step % watching.validation_steps == 0
+            state.validation_missing = bool(due) or state.step == schedule.max_train_steps
+            if run.stopped_by is not None:
+                run.stop()
+            if state.validation_missing:
+                run.validate(state.step)
+            state.seconds = time.perf_counter() - started
+            if watching.checkpointing_steps and state.step % watching.checkpointing_steps == 0:
+                run.checkpoint()
+        run.agree_to_stop()
+        if run.stopped_by is not None:
+            run.stop()
     return run.finish()
 
 
@@ -116,12 +143,16 @@ class _Run:
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         accelerator: Accelerator,
+        output_dir: str | Path,
         schedule: Schedule,
         watching: Watching,
         resume_from: str | Path | None,
+        interrupts: Interrupts,
     ) -> None:
         self.supernet, self.train_data, self.objective = supernet, train_data, objective
         self.accelerator, self.schedule, self.watching = accelerator, schedule, watching
+        self.output_dir, self.interrupts = Path(output_dir), interrupts
+        self.stopped_by: int | None = None
         self.draw_size(0)  # an unknown strategy is an error now, not after the validation
         check_sharding(accelerator, watching.validation_samples)
         skeleton = None
@@ -158,6 +189,7 @@ class _Run:
         )
         if resume_from is not None:
             load_checkpoint(self.state, resume_from)
+        self.saved_step = self.state.step
         self.validation_data: Samples | None = None
         self.validation_batches: Iterable[Batch] = ()
         self.teacher_loss: float | None = None
@@ -197,6 +229,7 @@ class _Run:
                 self.accelerator.log({f"validation_loss/{size:g}": loss for size, loss in losses.items()}, step)
             if self.watching.on_validation is not None:
                 self.watching.on_validation(step)
+        self.state.validation_missing = False
         supernet.model.train()
         self.accelerator.wait_for_everyone()
 
@@ -223,41 +256,109 @@ class _Run:
             batch = next(batches)
             unreadable += batch["unreadable"].sum() if "unreadable" in batch else 0
             step_loss += self._micro_step(batch) / accelerator.gradient_accumulation_steps
-        if not accelerator.optimizer_step_was_skipped:
-            self.lr_scheduler.step()
-        offload = self.schedule.offload_ema
-        state.ema.step([shard(weight).cpu() if offload else shard(weight) for weight in self.trained])
+        norm = gather(accelerator.clip_grad_norm_(self.trained, self.schedule.max_grad_norm)).to(step_loss)
+        # One exchange for all that processes have to agree on before the weights change.
+        noted = [torch.tensor(float(self.interrupts.received == each), device=device) for each in STOPPING]
+        found = accelerator.reduce(torch.stack([step_loss, unreadable, norm, *noted]), "mean").tolist()
+        loss, mean_unreadable, norm = found[:3]
+        self._hear(found[3:])
+        self._update(step, size, loss, norm)
         state.step = step + 1
         if "place" in batch:
             state.place = tuple(batch["place"][0].tolist())
 
-        loss, mean_unreadable = accelerator.reduce(torch.stack([step_loss, unreadable]), "mean").tolist()
         state.unreadable += round(mean_unreadable * accelerator.num_processes)
         if isinstance(self.train_data, TextToImageStream):
             self.train_data.check_unreadable(state.unreadable, state.step * state.run["samples per step"])
-        if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {step}, size {size}; try a lower learning rate")
         values = {"loss": loss, f"loss/{size:g}": loss, "size": size, "lr": self.lr_scheduler.get_last_lr()[0]}
         values["samples_per_second"] = state.run["samples per step"] / (time.perf_counter() - started)
         if state.unreadable:
             values["unreadable_samples"] = state.unreadable
+        if state.skipped:
+            values["skipped_steps"] = state.skipped
         if device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         return values
 
     def _micro_step(self, batch: Batch) -> Tensor:
-        """Forward and backward of one batch, and the step of the optimizer if it is the last one; the mean loss."""
+        """Forward and backward of one batch; the mean loss."""
         accelerator, objective = self.accelerator, self.objective
         torch.manual_seed(int(batch["seeds"][0]))
         parts = parts_of(objective.prepare(send_to_device(batch, accelerator.device)))
         with accelerator.accumulate(self.model):
             loss = torch.cat([self._losses(inputs) for inputs in parts])
             accelerator.backward(loss.mean())
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(self.trained, self.schedule.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
             return loss.detach().mean()
+
+    def _update(self, step: int, size: float, loss: float, norm: float) -> None:
+        """The step of the optimizer and of the average; nothing where the loss or the gradient is not finite.
+
+        Raises:
+            NotFiniteError: If so many steps in a row were skipped as the schedule allows.
+        """
+        state, scaled = self.state, self.accelerator.scaler is not None
+        # In float16 a gradient may be too large for the scaler, which then skips the step itself and scales less.
+        finite = math.isfinite(loss) and (scaled or math.isfinite(norm))
+        if finite or scaled:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not self.accelerator.optimizer_step_was_skipped if scaled else finite:
+            self.lr_scheduler.step()
+            offload = self.schedule.offload_ema
+            state.ema.step([shard(weight).cpu() if offload else shard(weight) for weight in self.trained])
+        state.skipped += not finite
+        state.skipped_in_row = 0 if finite else state.skipped_in_row + 1
+        if finite:
+            return
+        what = f"the loss is {loss} and the norm of its gradient {norm} at step {step}, size {size:g}"
+        if state.skipped_in_row >= self.schedule.max_skipped_steps:
+            whole = [path.name for path in list_checkpoints(self.output_dir)][-1:]
+            raise NotFiniteError(
+                f"{what}, the last of {state.skipped_in_row} such steps in a row (--max_skipped_steps), which were "
+                "skipped: begin again with a lower --learning_rate, or with --mixed_precision bf16 or no in place of "
+                f"fp16, or look for broken samples; the last checkpoint is {whole[0] if whole else 'none'}"
+            )
+        if self.accelerator.is_main_process and state.skipped <= NAMED:
+            last = "; others that follow are counted and no longer named" if state.skipped == NAMED else ""
+            logger.warning("%s: the step is skipped%s", what, last)
+
+    def checkpoint(self) -> None:
+        """Writes a checkpoint. Raises OSError on every process if that cannot be done."""
+        accelerator, error = self.accelerator, None
+        limit = self.watching.checkpoints_total_limit
+        try:
+            save_checkpoint(self.state, self.output_dir, limit, write=accelerator.is_main_process)
+        except OSError as caught:
+            error = caught
+        failed = torch.tensor(float(error is not None), device=accelerator.device)
+        failed = accelerator.reduce(failed, "sum")  # for which all wait
+        if error is not None:
+            raise error
+        if failed:
+            raise OSError("the first process could not write a checkpoint")
+        self.saved_step = self.state.step
+
+    def agree_to_stop(self) -> None:
+        """Hears of signals that came to any process after the last step."""
+        noted = [float(self.interrupts.received == each) for each in STOPPING]
+        self._hear(self.accelerator.reduce(torch.tensor(noted, device=self.accelerator.device), "mean").tolist())
+
+    def _hear(self, shares: list[float]) -> None:
+        """Takes note of the share of processes to which each signal came."""
+        for number, share in zip(STOPPING, shares, strict=True):
+            if share:
+                self.stopped_by = number
+
+    def stop(self) -> NoReturn:
+        """Ends the run with a checkpoint, unless there is one of this step."""
+        assert self.stopped_by is not None
+        step, by = self.state.step, f"stopped by {name_of(self.stopped_by)}"
+        if step == 0:
+            raise InterruptedRun(f"{by} before the first step", self.stopped_by)
+        if self.saved_step != step:
+            self.checkpoint()
+        how = "the same command goes on from there with --resume_from_checkpoint latest"
+        raise InterruptedRun(f"{by} after step {step}, with a checkpoint: {how}", self.stopped_by)
 
     def _losses(self, inputs: DenoiserInputs) -> Tensor:
         """Each sample's loss in one forward, `(N,)`."""
@@ -279,6 +380,8 @@ class _Run:
         if state.unreadable and accelerator.is_main_process:
             seen = state.step * state.run["samples per step"]
             logger.warning("%d of %d samples could not be read; others took their place", state.unreadable, seen)
+        if state.skipped and accelerator.is_main_process:
+            logger.warning("%d of %d steps were skipped: their loss was not finite", state.skipped, state.step)
         # Undo what `prepare` did for mixed precision: it wraps the model's forward, and unwrapping leaves an attribute.
         accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         vars(supernet.model).pop("forward", None)

@@ -21,10 +21,14 @@ from ofadiff.training.sharding import forget_gathered, shard
 from ofadiff.training.single_size import SingleSize
 
 
+class NotFiniteError(RuntimeError):
+    """A model gave values that are not finite, or a number came of them that is not."""
+
+
 def check_finite(loss: float, what: str) -> None:
-    """Raises RuntimeError for a loss that is no number."""
+    """Raises NotFiniteError for a loss that is no number."""
     if not math.isfinite(loss):
-        raise RuntimeError(f"{what} is {loss}; the weights or the inputs are out of range, or so is the precision")
+        raise NotFiniteError(f"{what} is {loss}; the weights or the inputs are out of range, or so is the precision")
 
 
 def validation_loss(model: nn.Module, batches: Iterable[Batch], prepare: Prepare, accelerator: Accelerator) -> float:

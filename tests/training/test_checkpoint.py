@@ -1,9 +1,15 @@
+import dataclasses
 import json
+import os
+import re
+import shutil
+import subprocess
 
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from test_written_before import WRITTEN
 
 from ofadiff import Supernet
 from ofadiff.training.checkpoint import (
@@ -142,3 +148,139 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no state\.json"):
         load_checkpoint(make_state(make_supernet()), tmp_path)
     assert find_checkpoint(tmp_path, None) is None
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """The folder of a run, and its state at step 2."""
+    folder = tmp_path_factory.mktemp("run")
+    state = make_state(make_supernet(), steps=1)
+    save_checkpoint(state, folder)
+    advance(state, 1)
+    save_checkpoint(state, folder)
+    return folder, state
+
+
+@pytest.fixture
+def run_folder(two_checkpoints, tmp_path):
+    """A copy of it that may be harmed."""
+    return shutil.copytree(two_checkpoints[0], tmp_path / "run")
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def forget(path):
+    path.unlink()
+
+
+def scribble(path):
+    path.write_text("{")
+
+
+TEARS = [
+    (flip_a_bit, "optimizer.safetensors", "optimizer.safetensors is not what was written"),
+    (flip_a_bit, "denoiser/diffusion_pytorch_model.safetensors", "model.safetensors is not what was written"),
+    (cut_short, "ema.safetensors", r"ema.safetensors has \d+ bytes, \d+ were written"),
+    (forget, "denoiser/config.json", "denoiser/config.json is missing"),
+    (forget, "state.json", "state.json is missing"),
+    (forget, "digests.json", "digests.json is missing"),
+    (scribble, "state.json", "state.json is no JSON"),
+    (scribble, "digests.json", "digests.json is not what was written"),
+]
+
+
+@pytest.mark.parametrize(("tear", "file", "said"), TEARS)
+def test_a_torn_checkpoint_is_named_and_the_newest_whole_one_is_used(run_folder, caplog, tear, file, said):
+    assert find_checkpoint(run_folder, "latest").name == "checkpoint-2" and not caplog.text
+    tear(run_folder / "checkpoint-2" / file)
+    assert find_checkpoint(run_folder, "latest").name == "checkpoint-1"
+    (warning,) = caplog.messages
+    assert re.search(f"checkpoint-2 is torn and passed over: .*{said}", warning)
+    with pytest.raises(ValueError, match=f"cannot resume from .*checkpoint-2, which is torn: .*{said}"):
+        find_checkpoint(run_folder, "checkpoint-2")
+    tear(run_folder / "checkpoint-1" / file)
+    with pytest.raises(ValueError, match=rf"no checkpoint in .* is whole: checkpoint-2 \(.*{said}.*checkpoint-1 \("):
+        find_checkpoint(run_folder, "latest")
+
+
+def test_checkpoints_without_digests_are_whole_unless_a_file_is_cut_short(tmp_path):
+    """They were written before there were any."""
+    shutil.copytree(WRITTEN / "run" / "checkpoint-2", tmp_path / "checkpoint-2")
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-2"
+    cut_short(tmp_path / "checkpoint-2" / "denoiser" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=r"checkpoint-2 \(denoiser/diffusion_pytorch_model.safetensors is not"):
+        find_checkpoint(tmp_path, "latest")
+
+
+def test_torn_checkpoints_do_not_push_out_whole_ones(two_checkpoints, run_folder):
+    os.replace(run_folder / "checkpoint-1", run_folder / "checkpoint-9")
+    cut_short(run_folder / "checkpoint-9" / "ema.safetensors")
+    state = two_checkpoints[1]
+    for step in (3, 4):
+        save_checkpoint(dataclasses.replace(state, step=step), run_folder, total_limit=1)
+        assert [path.name for path in list_checkpoints(run_folder)] == [f"checkpoint-{step}", "checkpoint-9"]
+        assert find_checkpoint(run_folder, "latest").name == f"checkpoint-{step}"
+
+
+def test_a_checkpoint_that_was_being_replaced_is_found_and_gets_its_name_back(two_checkpoints, run_folder):
+    """A kill between two renames leaves it under a hidden name, and the new one, whole, under another."""
+    state, orphan = two_checkpoints[1], run_folder / ".checkpoint-2-replaced"
+    shutil.copytree(run_folder / "checkpoint-1", run_folder / ".checkpoint-1-replaced")  # the new one has its name
+    os.replace(run_folder / "checkpoint-2", orphan)
+    shutil.copytree(orphan, run_folder / ".checkpoint-2")
+    assert [path.name for path in list_checkpoints(run_folder)] == ["checkpoint-1", orphan.name]
+    assert find_checkpoint(run_folder, "latest") == orphan
+    load_checkpoint(state, orphan)
+    save_checkpoint(dataclasses.replace(state, step=3), run_folder)
+    assert sorted(path.name for path in run_folder.iterdir()) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def read(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    options = ["-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if mount is None or subprocess.run([mount, *options], capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_is_said(two_checkpoints, small_disk):
+    state = two_checkpoints[1]
+    checkpoint = save_checkpoint(state, small_disk)
+    before = read(checkpoint)
+    # Room for the weights, not for the optimizer's.
+    size = sum(map(len, before.values()))
+    (small_disk / "fill").write_bytes(bytes(shutil.disk_usage(small_disk).free - size // 2))
+    following = dataclasses.replace(state, step=3)
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint-3: .*No space left.*; checkpoint-2 is whole: mend"):
+        save_checkpoint(following, small_disk, total_limit=1)
+    assert sorted(path.name for path in small_disk.iterdir()) == ["checkpoint-2", "fill"]
+    assert read(checkpoint) == before
+    (small_disk / "fill").unlink()
+    assert save_checkpoint(following, small_disk, total_limit=1) == find_checkpoint(small_disk, "latest")
+
+
+def test_a_disk_that_fails_in_the_first_checkpoint_leaves_nothing(two_checkpoints, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ofadiff.training.checkpoint.save_file", full)
+    with pytest.raises(OSError, match=r"checkpoint-2: .*No space left on device; there is no earlier checkpoint"):
+        save_checkpoint(two_checkpoints[1], tmp_path)
+    assert not list(tmp_path.iterdir())

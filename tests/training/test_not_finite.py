@@ -1,7 +1,17 @@
+"""What is not finite: a validation stops the run, a step is skipped, so many steps in a row stop the run."""
+
+import dataclasses
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from training.test_train import run  # noqa: F401
+import training.test_train
+from ofadiff.data.order import step_batches
+from ofadiff.training.checkpoint import list_checkpoints
+from ofadiff.training.validation import NotFiniteError
+from training.test_train import run, same  # noqa: F401
 from training.tiny_run import make_supernet, make_teacher
 
 
@@ -14,7 +24,61 @@ def spoil(model, rows=slice(-1, None)):
 def test_a_validation_loss_that_is_no_number_stops_and_names_the_size(run, tmp_path):  # noqa: F811
     supernet = make_supernet()
     spoil(supernet.model)  # what the smaller sizes do not use
-    with pytest.raises(RuntimeError, match="the validation loss of size 1 at step 0 is nan"):
+    with pytest.raises(NotFiniteError, match="the validation loss of size 1 at step 0 is nan"):
         run(supernet)
-    with pytest.raises(RuntimeError, match="the teacher's validation loss is nan"):
+    with pytest.raises(NotFiniteError, match="the teacher's validation loss is nan"):
         run(teacher=spoil(make_teacher()))
+
+
+@pytest.fixture
+def spoil_steps(monkeypatch):
+    """Puts a value that is not finite into what some steps learn, known by the seeds of their samples."""
+    prepare_pixels = training.test_train.prepare_pixels
+
+    def spoil_steps(*steps, value=float("nan")):
+        seeds = {batch[-1][1] for step in steps for batch in step_batches(14, range(step, step + 1), 1, 4, seed=5)}
+
+        def prepare(batch, **options):
+            inputs = prepare_pixels(batch, **options)
+            bad = torch.tensor([int(seed) in seeds for seed in batch["seeds"]]).view(-1, 1, 1, 1)
+            return dataclasses.replace(inputs, target=torch.where(bad, value, inputs.target))
+
+        monkeypatch.setattr(training.test_train, "prepare_pixels", prepare)
+
+    return spoil_steps
+
+
+def tensors(folder):
+    return {
+        (file.name, name): tensor for file in folder.rglob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e19])  # of the last the square is not finite
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run, tmp_path, spoil_steps, caplog, value):  # noqa: F811
+    options = {"checkpointing_steps": 2, "validation_steps": 10}
+    expected, _ = run(max_train_steps=2, output_dir=tmp_path / "two", **options)
+    spoil_steps(2, 3, value=value)
+    supernet, result = run(max_train_steps=4, **options)
+    assert same(supernet, expected) and result.steps == 4
+    ours, theirs = tensors(tmp_path / "checkpoint-4"), tensors(tmp_path / "two" / "checkpoint-2")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    state = json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())
+    assert (state["skipped"], state["skipped_in_row"], state["ema_steps"]) == (2, 2, 2)
+    assert sum("the step is skipped" in message for message in caplog.messages) == 2
+    assert "2 of 4 steps were skipped" in caplog.text
+
+
+def test_steps_in_a_row_that_are_not_finite_stop_the_run_with_advice_wherever_it_was_resumed(
+    run,  # noqa: F811
+    tmp_path,
+    spoil_steps,
+):
+    spoil_steps(1, 3, 4, 5, 6)
+    options = {"max_train_steps": 9, "checkpointing_steps": 2, "validation_steps": 10, "max_skipped_steps": 3}
+    advice = r"the loss is nan .* at step 5, size .*, the last of 3 such steps in a row .*lower --learning_rate"
+    with pytest.raises(NotFiniteError, match=f"{advice}.*; the last checkpoint is checkpoint-4"):
+        run(**options)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    with pytest.raises(NotFiniteError, match=advice):
+        run(**options, resume_from=tmp_path / "checkpoint-4")

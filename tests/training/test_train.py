@@ -157,9 +157,13 @@ def test_the_callback_sees_averaged_weights(run):
     assert torch.equal(seen[-1][1], final.model.conv_in.weight)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run):
-    with pytest.raises(RuntimeError, match=r"the loss is nan at step \d"):
-        run(optimizer=torch.optim.SGD, lr=1e30, max_train_steps=10, max_grad_norm=1e30)
+def test_a_run_that_has_left_all_bounds_stops_with_advice(run):
+    """Its steps are skipped, but its weights are lost: no later loss is finite."""
+    options = {"lr": 1e30, "max_train_steps": 10, "max_grad_norm": 1e30, "max_skipped_steps": 3}
+    with pytest.raises(
+        RuntimeError, match=r"the loss is nan .* at step \d.*last of 3 such steps.*lower --learning_rate"
+    ):
+        run(optimizer=torch.optim.SGD, **options)
 
 
 def test_an_unknown_strategy_stops_before_the_first_step(run):

@@ -1,0 +1,52 @@
+"""Ctrl-C and SIGTERM from outside: one line says how to go on, the status is 130 or 143, and nothing is destroyed."""
+
+import signal
+
+import pytest
+from faults.harness import assert_same_run, finish
+from faults.launches import pixels
+
+from ofadiff.training.checkpoint import list_checkpoints
+
+pytestmark = pytest.mark.slow
+
+STEP = ("ofadiff.training.train.prediction_loss", 3)
+
+
+def last_line(log):
+    assert "Traceback" not in log, log
+    return log.splitlines()[-1]
+
+
+def test_a_preempted_run_goes_on_from_the_step_that_it_finished(nursery, originals, never_killed, tmp_path):
+    launch, folder = pixels(originals), tmp_path / "out"
+    ended, log = nursery.start(launch.options(folder), STEP, number=signal.SIGTERM)
+    assert ended == [143], log
+    said = "compress_ddpm.py: stopped by SIGTERM after step 3, with a checkpoint: the same command goes on from there "
+    assert last_line(log) == said + "with --resume_from_checkpoint latest"
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
+    finish(nursery, launch, folder)
+    assert_same_run(folder, never_killed)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(nursery, originals, tmp_path):
+    launch = pixels(originals, processes=2)
+    ended, log = nursery.start(launch.options(tmp_path), STEP, number=signal.SIGINT, which=slice(1, 2))
+    assert ended == [130, 130], log
+    assert log.count("stopped by Ctrl-C after step 3, with a checkpoint") == 1 and "Traceback" not in log
+    assert list_checkpoints(tmp_path)[-1].name == "checkpoint-3"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_training_leaves_nothing(nursery, originals, tmp_path, number, status):
+    moment = ("ofadiff.runs.sizes.denoising_loss", 1)
+    ended, log = nursery.start(pixels(originals).options(tmp_path / "out"), moment, number=number)
+    assert ended == [status] and not (tmp_path / "out").exists(), log
+    assert "nothing that was whole is lost: the same command begins again" in last_line(log)
+
+
+def test_a_signal_in_the_final_save_waits_for_it(nursery, originals, never_killed, tmp_path):
+    moment = ("ofadiff.runs.result.model_card", 1)
+    ended, log = nursery.start(pixels(originals).options(tmp_path), moment, number=signal.SIGTERM)
+    assert ended == [143] and last_line(log) == f"compress_ddpm.py: stopped by SIGTERM, but {tmp_path} is written", log
+    assert_same_run(tmp_path, never_killed)
