@@ -76,7 +76,7 @@ def test_a_run_goes_on_with_another_number_of_processes(nursery, originals, tmp_
     print(f"another number of processes: {farthest:.1e} apart at most")
 
 
-def test_interpreters_that_are_started_anew_do_as_well(nursery, originals, whole, tmp_path):
+def test_interpreters_that_are_started_anew_do_as_well(nursery, originals, never_killed, tmp_path):
     """As a user starts them, without anything of these tests in them."""
     chance, launch = random.Random(0), pixels(originals)
     options = launch.options(tmp_path / "killed")
@@ -92,4 +92,4 @@ def test_interpreters_that_are_started_anew_do_as_well(nursery, originals, whole
         process.kill()
         assert process.wait() in (0, -signal.SIGKILL)
     assert subprocess.run(command, **logged).returncode == 0
-    assert_same_run(tmp_path / "killed", whole)
+    assert_same_run(tmp_path / "killed", never_killed)
