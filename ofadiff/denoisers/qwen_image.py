@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,8 @@ def example_inputs(model: nn.Module, zeros: Zeros) -> dict[str, Any]:
         "timestep": zeros(),
         "img_shapes": [[(1, side, side)]] * zeros.batch_size,
     }
+    if "txt_seq_lens" in inspect.signature(model.forward).parameters:  # in diffusers 0.35 nothing else says so
+        inputs["txt_seq_lens"] = [LONG_TEXT_TOKENS] * zeros.batch_size
     return inputs | guidance(model, zeros)
 
 

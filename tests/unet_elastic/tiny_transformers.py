@@ -4,6 +4,7 @@ Four heads of eight channels unless a class wants more. In the inputs a tuple is
 whatever must not be noise is made by a function of the batch size.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -910,6 +911,9 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
+# What the forward of an older diffusers takes beside it.
+FORMERLY: dict[str, dict[str, Any]] = {"QwenImageTransformer2DModel": {"txt_seq_lens": lambda n: [6] * n}}
+
 
 def tiny(name: str, **changes: Any) -> ModelMixin:
     """The tiny model of a class in eval mode; zero-initialised weights are made random, so that every block counts."""
@@ -923,8 +927,10 @@ def tiny(name: str, **changes: Any) -> ModelMixin:
 
 def tiny_inputs(name: str, batch_size: int = 2, seed: int = 0) -> dict[str, Any]:
     """Forward arguments for the tiny model of a class."""
+    taken = inspect.signature(since(f"diffusers.{name}").forward).parameters
+    inputs = TINY[name][1] | {key: value for key, value in FORMERLY.get(name, {}).items() if key in taken}
     torch.manual_seed(seed)
     return {
         key: torch.randn(batch_size, *value) if isinstance(value, tuple) else value(batch_size)
-        for key, value in TINY[name][1].items()
+        for key, value in inputs.items()
     }
