@@ -96,8 +96,6 @@ def test_a_short_run_has_the_losses_that_it_always_had(recipe, words, tmp_path, 
         "sizes": [logged[step]["size"] for step in range(1, 6)],
         "losses": [logged[step]["loss"] for step in range(1, 6)],
         "validation_losses": history,
-            f"{step} {size:g}": each for step in result.history for size, each in result.history[step].items()
-        },
     }
     file = GOLDEN / f"{name}.json"
     if os.environ.get("GOLDEN") == "write":
