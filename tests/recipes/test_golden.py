@@ -29,6 +29,7 @@ ROUNDING = 1e-3
 
 OPTIONS = {
     "sizes": "0.6 1.0",
+    "seed": 10,  # of which both sizes are drawn
     "max_train_steps": 5,
     "train_batch_size": 2,
     "importance_samples": 4,
