@@ -105,17 +105,20 @@ def test_every_epoch_shows_every_image_once_in_a_new_order():
     assert keys != draw_keys(10, range(100), seed=1) and keys != draw_keys(10, range(100), seed=0, purpose="validation")
 
 
-def test_a_step_is_the_same_however_it_is_split():
+SPLITS = [(processes, micro, 8 // processes // micro) for processes in (1, 2, 4) for micro in (1, 2, 4, 8)]
+
+
+@pytest.mark.parametrize(("processes", "micro_steps", "batch_size"), [split for split in SPLITS if split[2]])
+def test_a_step_is_the_same_however_it_is_split(processes, micro_steps, batch_size):
+    """Over 1, 2 and 4 processes, and however many micro-steps: the same samples in the same order, noise and all."""
     whole = list(step_batches(10, range(3, 6), micro_steps=1, batch_size=8, seed=0))
-    micro = list(step_batches(10, range(3, 6), micro_steps=2, batch_size=4, seed=0))
-    ranks = [list(step_batches(10, range(3, 6), 2, 2, 0, process, 2)) for process in range(2)]
+    options = {"micro_steps": micro_steps, "batch_size": batch_size, "seed": 0, "processes": processes}
+    shares = [list(step_batches(10, range(3, 6), process=process, **options)) for process in range(processes)]
     for step in range(3):
-        assert micro[2 * step] + micro[2 * step + 1] == whole[step]
-        assert sorted(key for rank in ranks for keys in rank[2 * step : 2 * step + 2] for key in keys) == sorted(
-            whole[step]
-        )
-    resumed = list(step_batches(10, range(5, 6), micro_steps=1, batch_size=8, seed=0))
-    assert resumed == whole[2:]
+        batches = [share[step * micro_steps + micro] for micro in range(micro_steps) for share in shares]
+        assert [key for batch in batches for key in batch] == whole[step]
+    resumed = list(step_batches(10, range(5, 6), **options))
+    assert resumed == shares[0][2 * micro_steps :]
 
 
 def test_workers_load_the_same_batches(data):

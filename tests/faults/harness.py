@@ -58,6 +58,7 @@ class Nursery:
     def __exit__(self, *error):
         self.process.stdin.close()
         self.process.wait(PATIENCE)
+        self.process.stdout.close()
 
     def answer(self):
         line = self.process.stdout.readline()

@@ -7,6 +7,7 @@ from faults.harness import Launch
 STEPS = 6
 TINY = {
     "sizes": "0.6 1.0",
+    "seed": 10,  # of which both sizes are drawn
     "max_train_steps": STEPS,
     "train_batch_size": 2,
     "importance_samples": 2,

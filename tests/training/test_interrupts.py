@@ -16,6 +16,15 @@ from training.test_train import run, same  # noqa: F401
 BOTH = [signal.SIGINT, signal.SIGTERM]
 
 
+@pytest.fixture(autouse=True)
+def as_a_shell_starts_it():
+    """Whoever started the tests may have told them to ignore Ctrl-C, as a shell does in the background."""
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)]
+    yield
+    for number, handler in zip(BOTH, before, strict=True):
+        signal.signal(number, handler)
+
+
 def handlers():
     return [signal.getsignal(number) for number in BOTH]
 
