@@ -718,7 +718,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FEW = settings(
-    max_examples=25,
+    max_examples=15,
     derandomize=True,
     deadline=None,
     database=None,
