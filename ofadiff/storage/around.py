@@ -12,13 +12,22 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import safe_open
 
+from ofadiff.storage.split import class_of
+
 # Weights that a copy leaves out: of a variant (`model.fp16.safetensors`), and in other formats.
 OTHER_WEIGHTS = re.compile(
     r"(model\.(?!safetensors|bin)[^.]+\.(safetensors|bin))|(\.index\.[^.]+\.json)|(\.(bin|bin\.index\.json|msgpack|ckpt|h5|onnx))$"
 )
 
 
-def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Path, variant: str | None = None) -> None:
+def save_around(
+    denoiser_name: str,
+    denoiser: ModelMixin,
+    folder: Path,
+    out: Path,
+    variant: str | None = None,
+    is_main_process: bool = True,
+) -> None:
     """Writes the original pipeline with another denoiser; every other component stays what it was, byte for byte.
 
     Where that cannot be (files of a variant, or no safetensors), it is loaded in the dtype that it is stored in and
@@ -30,9 +39,12 @@ def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Pat
         folder: Folder of the original pipeline.
         out: To write to.
         variant: Variant of the original's files.
+        is_main_process: Whether this process writes. All call this where the denoiser's weights are split over them.
     """
+    denoiser.save_pretrained(out / denoiser_name, is_main_process=is_main_process)
+    if not is_main_process:
+        return
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    denoiser.save_pretrained(out / denoiser_name)
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name != denoiser_name]
     for name in parts:
         weights = [path for path in (folder / name).glob("*") if path.suffix in (".safetensors", ".bin")]
@@ -44,8 +56,8 @@ def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Pat
             pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant, **others)
             loaded = [path for path in weights if variant and re.search(rf"\.{re.escape(variant)}[.-]", path.name)]
             torch.nn.Module.to(pipeline.components[name], stored_dtype(loaded or plain)).save_pretrained(out / name)
-    library = type(denoiser).__module__.partition(".")[0]
-    index[denoiser_name] = [library, type(denoiser).__name__]
+    own = class_of(denoiser)
+    index[denoiser_name] = [own.__module__.partition(".")[0], own.__name__]
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
