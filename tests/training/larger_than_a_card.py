@@ -1,7 +1,6 @@
 """A model that is ranked, trained, validated and saved by processes that split it, and what each of them holds."""
 
 import torch
-from conftest import sdxl_unet
 from diffusers.optimization import get_scheduler
 from tiny_transformers import tiny, tiny_inputs
 from torch.distributed.fsdp import FSDPModule
@@ -9,7 +8,6 @@ from torch.distributed.tensor import DTensor
 
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
 from ofadiff.denoisers.copies import copy_in
-from ofadiff.denoisers.inputs import example_inputs
 from ofadiff.denoisers.prepare import DenoiserInputs
 from ofadiff.training.bundles import Objective, Schedule, Watching
 from ofadiff.training.checkpoint import save_checkpoint
@@ -23,17 +21,15 @@ FLUX = {"attention_head_dim": 32, "axes_dims_rope": (8, 12, 12), "num_layers": 2
 # Configuration, and the classes of blocks that FSDP splits.
 MODELS = {
     "FluxTransformer2DModel": (FLUX, ("FluxTransformerBlock", "FluxSingleTransformerBlock")),
-    "UNet2DConditionModel": ({}, ("BasicTransformerBlock", "ResnetBlock2D")),
     "DiTTransformer2DModel": ({"num_layers": 3}, ("BasicTransformerBlock",)),
-    "PixArtTransformer2DModel": ({"num_layers": 3}, ("BasicTransformerBlock",)),
 }
 STEPS = 2
 
 
 def make(name):
-    """An SDXL, Flux, DiT or PixArt; scaled down."""
+    """A Flux or DiT, scaled down."""
     torch.manual_seed(0)
-    return sdxl_unet().eval() if name == "UNet2DConditionModel" else tiny(name, **MODELS[name][0])
+    return tiny(name, **MODELS[name][0])
 
 
 class Numbers:
@@ -46,22 +42,15 @@ class Numbers:
         return {"seeds": key[1]}
 
 
-def prepare_for(name, model):
+def prepare_for(name):
     """Makes inputs out of seeds, the same ones of a seed in whichever batch it is."""
-    example = example_inputs(model, 1) if name == "UNet2DConditionModel" else tiny_inputs(name, 1)
-    drawn = "sample" if "sample" in example else "hidden_states"
+    example, drawn = tiny_inputs(name, 1), "hidden_states"
 
     def prepare(batch):
         seeds = batch["seeds"].tolist()
         arguments = {
             key: value.expand(len(seeds), *value.shape[1:]) if len(value) == 1 else value
             for key, value in example.items()
-            if isinstance(value, torch.Tensor)
-        }
-        arguments |= {
-            key: {name: each.expand(len(seeds), *each.shape[1:]) for name, each in value.items()}
-            for key, value in example.items()
-            if isinstance(value, dict)
         }
         shape = example[drawn].shape[1:]
         arguments[drawn] = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
@@ -83,7 +72,7 @@ def largest_unit(model):
 def go_through(accelerator, name, folder, batch_size=1):
     """All phases of a run; the bytes that this process held at most in each, and of what."""
     model = make(name)
-    teacher, prepare = copy_in(model, torch.bfloat16).requires_grad_(False), prepare_for(name, model)
+    teacher, prepare = copy_in(model, torch.bfloat16).requires_grad_(False), prepare_for(name)
     groups, weights = find_channel_groups(model), [*model.parameters()]
     found = {"whole": bytes_of(weights), "whole teacher": bytes_of(teacher.parameters())}
     found["largest tensor"] = max(bytes_of([weight]) for weight in weights)
