@@ -87,6 +87,9 @@ class SupernetModel:
         An older supernet in the folder is replaced as a whole: it is there until the new one is complete. Other files
         stay, weights of another variant if they belong to the same supernet.
 
+        Where FSDP has split the weights over processes all of them have to call this, and the one with
+        `is_main_process` writes: tensor by tensor, so that no process holds more than one whole.
+
         Raises:
             ValueError: If the target is a file, adapters are loaded, weights are offloaded or quantized, or the format
                 is not safetensors.
@@ -104,10 +107,19 @@ class SupernetModel:
                 "safetensors only"
             )
         self.check_can_be_saved(save_directory)
+        from ofadiff.storage.split import is_split, save_split_model  # imports a part of torch that few need
+
+        split = is_split(self)  # type: ignore[arg-type]
+        how = variant, max_shard_size
         if not is_main_process:
+            if split:
+                save_split_model(self, None, *how)  # type: ignore[arg-type]
             return
         with written_aside(save_directory, self._stays) as folder:
-            super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)  # type: ignore[misc]
+            if split:
+                save_split_model(self, folder, *how)  # type: ignore[arg-type]
+            else:
+                super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)  # type: ignore[misc]
             self.ofa_state.write_metadata(folder)
         if push_to_hub:
             upload(self, Path(save_directory).name, variant, kwargs)

@@ -50,6 +50,7 @@ class _Correction:
     Attributes:
         calls: For every batch how often its forward calls each reader, in the order of the first calls.
         originals: Weights and biases of the readers that are corrected already, as they were.
+        devices: Where readers were called.
     """
 
     supernet: Supernet
@@ -61,6 +62,12 @@ class _Correction:
     share: tuple[int, int]
     calls: list[dict[str, int]] = field(default_factory=list)
     originals: dict[str, readers.Parameters] = field(default_factory=dict)
+    devices: set[torch.device] = field(default_factory=set)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; its weights may stay elsewhere."""
+        return next(iter(self.devices), self.supernet.model.device)
 
     def forwards(self) -> Iterator[tuple[int, Callable[[], Any]]]:
         """Every batch by its number: what calls the model on it, each time with the same random numbers."""
@@ -69,8 +76,8 @@ class _Correction:
 
     def _forward(self, number: int, batch: Any) -> None:
         model = self.supernet.model
-        kind = model.device.type
-        devices = [] if kind == "cpu" else [model.device]
+        kind = self.device.type
+        devices = [] if kind == "cpu" else [self.device]
         with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
             torch.manual_seed(self.seed + number)
             self.loss_fn(model, batch)
@@ -80,7 +87,7 @@ class _Correction:
         names = readers.find_readers(self.supernet.groups)
         for _, forward in self.forwards():
             with _at_full_width(self):
-                self.calls.append(readers.count_calls(self.supernet.model, names, forward))
+                self.calls.append(readers.count_calls(self.supernet.model, names, forward, self.devices))
         if not self.calls:
             raise ValueError("there is no batch to correct the readers on")
         return list(dict.fromkeys(name for calls in self.calls for name in calls))
@@ -259,7 +266,7 @@ def _measure(work: _Correction, wave: Sequence[str], each: bool) -> dict[str, Sp
     equations = {}
     for name in wave:
         layer = model.get_submodule(name)
-        columns = readers.columns_of(model, supernet.groups, subnets, name)
+        columns = [own.to(work.device) for own in readers.columns_of(model, supernet.groups, subnets, name)]
         shape = layer.weight[0].numel(), len(layer.weight), layer.bias is not None
         equations[name] = SplitEquations(*(NormalEquations(columns, *shape, each) for _ in range(2)))
     seen = dict.fromkeys(wave, 0)
@@ -359,9 +366,9 @@ def _correct(
     left = equations.error_left(change)
     weight, bias = readers.parameters_of(layer)
     work.originals[name] = weight.clone(), None if bias is None else bias.clone()
-    weight += change[: equations.width].T.reshape(weight.shape).to(weight.dtype)
+    weight += change[: equations.width].T.reshape(weight.shape).to(weight)
     if bias is not None:
-        bias += change[-1].to(bias.dtype)
+        bias += change[-1].to(bias)
     updates = {}
     if rank:
         for index, size in enumerate(work.supernet.sizes):

@@ -118,13 +118,16 @@ def stop() -> None:
     raise _ReachedError
 
 
-def count_calls(model: nn.Module, names: Sequence[str], forward: Callable[[], Any]) -> dict[str, int]:
-    """How often a forward calls each layer, in the order of their first calls."""
+def count_calls(
+    model: nn.Module, names: Sequence[str], forward: Callable[[], Any], devices: set[torch.device]
+) -> dict[str, int]:
+    """How often a forward calls each layer, in the order of their first calls; adds the devices that it does so on."""
     calls: dict[str, int] = {}
 
     def counter(name: str) -> Callable[[nn.Module, Tensor, Tensor], None]:
         def count(layer: nn.Module, input: Tensor, output: Tensor) -> None:
             calls[name] = calls.get(name, 0) + 1
+            devices.add(input.device)
 
         return count
 

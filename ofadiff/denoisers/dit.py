@@ -67,6 +67,6 @@ DIT = DenoiserKind(
     begin_training=keep_labels,
     forward_processes=(DIFFUSION,),
     fixed_size=True,
-    shardable=False,  # a weight of its first block is used outside that block
+    split_alone=("CombinedTimestepLabelEmbeddings",),  # the output takes that of the first block
     training_defaults={"tracker_project_name": "ofadiff-dit", "validation_inference_steps": 50},
 )

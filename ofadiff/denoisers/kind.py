@@ -54,7 +54,8 @@ class DenoiserKind:
         packing: Side of the square of latents that is one token of its input and output, 1 where these are images.
         divisor: (config) -> what sides of its inputs are multiples of, beside `packing`.
         fixed_size: Whether it takes inputs of its config's `sample_size` only.
-        shardable: Whether FSDP can split it over processes.
+        split_alone: Classes of modules inside its blocks that are also used outside of these: FSDP splits them by
+            themselves.
         learned_variance: Whether its output may hold a variance beside the prediction.
         call_options: What the pipeline's call needs to sample at just the height and width that it is given.
         training_defaults: What its training needs where nothing is asked for, by the name of the flag.
@@ -74,7 +75,7 @@ class DenoiserKind:
     packing: int = 1
     divisor: Callable[[Config], int] = patch_size
     fixed_size: bool = False
-    shardable: bool = True
+    split_alone: tuple[str, ...] = ()
     learned_variance: bool = True
     call_options: Mapping[str, Any] = field(default_factory=dict)
     training_defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -191,7 +191,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (value,) = ctx.saved_tensors
         # The bias is taken off only now, so that nothing but the activation is held until the backward.
-        value = value if ctx.bias is None else value - ctx.bias
+        value = value if ctx.bias is None else value - ctx.bias.to(value.device)
         product = value.float() * gradient.float()
         positions = [dim for dim in range(1, product.ndim) if dim != ctx.channel_dim % product.ndim]
         total = product.sum(positions) if positions else product

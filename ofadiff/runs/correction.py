@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -17,6 +18,7 @@ from ofadiff.denoisers.prepare import DenoiserInputs, parts_of
 from ofadiff.noise.draws import Batch
 from ofadiff.runs.run import Run
 from ofadiff.supernet import Supernet
+from ofadiff.training.layer_by_layer import on_device
 from ofadiff.training.losses import predict
 
 
@@ -34,7 +36,6 @@ def correct(run: Run, supernet: Supernet) -> None:
     count = compression.correction_samples
     if not count:
         return
-    supernet.model.to(accelerator.device)
     # Where there are fewer samples than processes each looks at all of them.
     alone = count < accelerator.num_processes
     share = (0, 1) if alone else (accelerator.process_index, accelerator.num_processes)
@@ -47,11 +48,12 @@ def correct(run: Run, supernet: Supernet) -> None:
     if run.recordings is None:  # images are decoded and encoded once, recordings read from disk again
         inputs = [_on(each, torch.device("cpu")) for each in inputs]
     half = accelerator.mixed_precision == "bf16"
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half)
+    with on_device(accelerator, supernet.model), autocast:
         correct_readers(
             supernet,
             inputs,
-            _call,
+            functools.partial(_call, device=accelerator.device),
             ridge=compression.correction_ridge,
             adapter_rank=compression.correction_rank or 0,
             seed=optimization.seed,
@@ -72,8 +74,8 @@ class _Forwards:
             yield from parts_of(self.run.prepare(send_to_device(batch, self.run.accelerator.device)))
 
 
-def _call(model: nn.Module, inputs: DenoiserInputs) -> torch.Tensor:
-    return predict(model, _on(inputs, next(model.parameters()).device))
+def _call(model: nn.Module, inputs: DenoiserInputs, device: torch.device) -> torch.Tensor:
+    return predict(model, _on(inputs, device))
 
 
 def _on(inputs: DenoiserInputs, device: torch.device) -> DenoiserInputs:

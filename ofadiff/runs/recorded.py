@@ -39,6 +39,7 @@ from ofadiff.runs.size_checks import check_sizes
 from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.storage.ofa_config import read_ofa_config
 from ofadiff.storage.strangers import check_model, check_pipeline
+from ofadiff.training.sharding import is_sharded
 
 # Recorded calls that joining is tried on.
 TRIED = 8
@@ -257,15 +258,19 @@ def build_recorded(
     denoiser = load_denoiser(original)
     taught_by = denoiser if teacher is None else load_denoiser(teacher)
     check_same_model(recordings, pipeline_class(recorded).__name__, recorded.component, taught_by)
-    denoiser.to(accelerator.device).eval()
+    denoiser.eval()
     if settings.compression.budget == "macs" and settings.one_size is None:
         check_sizes(settings.compression, denoiser, inputs=recordings)
-    joined = can_be_joined(denoiser, [call.to(accelerator.device) for call in recordings[:TRIED]])
+    # Processes that split the weights have to call the model equally often, so there each call is a forward.
+    joined = not is_sharded(accelerator)
+    if joined:
+        denoiser.to(accelerator.device)
+        joined = can_be_joined(denoiser, [call.to(accelerator.device) for call in recordings[:TRIED]])
     assert fraction is not None
     data = recorded_data(recordings, fraction, seed, joined)
     frozen = None
     if settings.losses.feature_distill_weight:
-        frozen = copy_in(taught_by.to(accelerator.device), recordings.dtype).requires_grad_(False)
+        frozen = copy_in(taught_by, recordings.dtype).requires_grad_(False)
     if original.kind.begin_training is not None:
         original.kind.begin_training(denoiser)
     prepare = functools.partial(prepare_recorded, channels=answered_channels(denoiser.config))

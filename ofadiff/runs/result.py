@@ -22,17 +22,21 @@ from ofadiff.training.interrupts import finished_first
 def save(run: Run, supernet: Supernet, result: TrainingResult) -> None:
     """Writes the original pipeline with the supernet in place of its denoiser; uploads it if asked for.
 
+    All processes have to call it, and one writes.
+
     Args:
         run: What was asked for.
         supernet: As training left it.
         result: What training reported.
     """
     accelerator, original, out = run.accelerator, run.original, run.settings.output.output_dir
-    if accelerator.is_main_process:
-        with finished_first(f"{out} is written"):
-            save_around(original.component, supernet.model, original.folder, Path(out), original.variant)
+    main = accelerator.is_main_process
+    with finished_first(f"{out} is written"):
+        save_around(original.component, supernet.model, original.folder, Path(out), original.variant, main)
+        if main:
             card = model_card(run.settings, supernet.subnets, result)
             (Path(out) / "README.md").write_text(card, encoding="utf-8")
+    if main:
         upload(run.settings)
     accelerator.print(loss_table(result))
     accelerator.print(f"{out} holds {len(supernet.sizes)} sizes: OFAPipeline.from_pretrained loads it")

@@ -24,7 +24,7 @@ from ofadiff.runs.checks import begin, check_same_flags, with_own_defaults
 from ofadiff.runs.data import RunData, encode_data, load_data, open_latent_cache
 from ofadiff.runs.settings import DEFAULTS, RunSettings
 from ofadiff.runs.size_checks import check_sizes
-from ofadiff.training.sharding import is_sharded
+from ofadiff.training.sharding import is_sharded, split_alone
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,20 @@ def check_run(settings: RunSettings, accelerator: Accelerator, original: Origina
     """Raises ValueError if a model cannot be compressed as it is asked for, as far as its configuration says."""
     if checkpoint is not None:
         check_same_flags(checkpoint, settings)
-    if is_sharded(accelerator) and not original.kind.shardable:
-        raise ValueError(
-            f"FSDP does not work with diffusers' {original.kind.model}, which uses a weight of its first block outside "
-            "that block: choose plain multi-GPU in `accelerate config`"
-        )
+    if is_sharded(accelerator):
+        split_alone(accelerator, original.denoiser, original.kind.split_alone)
     compression = settings.compression
+    if is_sharded(accelerator) and compression.budget == "latency":
+        raise ValueError(
+            "--budget latency does not work with FSDP, as the time of a model is measured on one device that holds all "
+            "of it: choose --budget params or macs, or plain multi-GPU in `accelerate config`"
+        )
+    images = settings.data.train_data_dir is not None or settings.data.dataset_name is not None
+    if is_sharded(accelerator) and settings.calls.given and images:
+        raise ValueError(
+            "images among recordings do not work with FSDP, whose processes have to call the model equally often: "
+            "leave out --train_data_dir and --dataset_name, or choose plain multi-GPU in `accelerate config`"
+        )
     if settings.one_size is None and compression.correction_rank and settings.optimization.max_train_steps:
         raise ValueError(
             f"--correction_rank {compression.correction_rank} is for sizes that are not trained (--max_train_steps 0); "

@@ -26,6 +26,7 @@ from ofadiff.sizes import SizeTable
 from ofadiff.supernet import Supernet
 from ofadiff.training.bundles import Schedule
 from ofadiff.training.checkpoint import DENOISER, check_same_run
+from ofadiff.training.layer_by_layer import on_device
 from ofadiff.training.losses import denoised, denoising_loss
 from ofadiff.training.train import run_values
 
@@ -41,7 +42,6 @@ def score(run: Run, groups: Sequence[ChannelGroup]) -> dict[str, torch.Tensor]:
         What `score_channels` does.
     """
     accelerator, compression, optimization = run.accelerator, run.settings.compression, run.settings.optimization
-    run.denoiser.to(accelerator.device)
     if optimization.gradient_checkpointing:
         run.denoiser.enable_gradient_checkpointing()
     options = compression.criterion_options()
@@ -62,7 +62,8 @@ def score(run: Run, groups: Sequence[ChannelGroup]) -> dict[str, torch.Tensor]:
     half = accelerator.mixed_precision == "bf16"
     scores = {group.name: torch.zeros(group.width) for group in groups}
     if samples:
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half)
+        with on_device(accelerator, run.denoiser), autocast:
             scores = score_channels(
                 run.denoiser,
                 groups,

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ofadiff.reading.names import check_links
 from ofadiff.reading.tensors import open_tensors
 from ofadiff.storage.pipeline_index import read_index
+from ofadiff.storage.split import class_of
 
 # Weights that a copy leaves out: of a variant (`model.fp16.safetensors`), and in other formats.
 OTHER_WEIGHTS = re.compile(
@@ -21,7 +22,14 @@ OTHER_WEIGHTS = re.compile(
 )
 
 
-def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Path, variant: str | None = None) -> None:
+def save_around(
+    denoiser_name: str,
+    denoiser: ModelMixin,
+    folder: Path,
+    out: Path,
+    variant: str | None = None,
+    is_main_process: bool = True,
+) -> None:
     """Writes the original pipeline with another denoiser; every other component stays what it was, byte for byte.
 
     Where that cannot be (files of a variant), it is loaded in the dtype that it is stored in and saved.
@@ -32,9 +40,12 @@ def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Pat
         folder: Folder of the original pipeline.
         out: To write to.
         variant: Variant of the original's files.
+        is_main_process: Whether this process writes. All call this where the denoiser's weights are split over them.
     """
     index = read_index(folder)
-    denoiser.save_pretrained(out / denoiser_name)
+    denoiser.save_pretrained(out / denoiser_name, is_main_process=is_main_process)
+    if not is_main_process:
+        return
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name != denoiser_name]
     for name in parts:
         weights = [path for path in (folder / name).glob("*") if path.suffix == ".safetensors"]
@@ -46,8 +57,8 @@ def save_around(denoiser_name: str, denoiser: ModelMixin, folder: Path, out: Pat
             pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant, use_safetensors=True, **others)
             loaded = [path for path in weights if variant and re.search(rf"\.{re.escape(variant)}[.-]", path.name)]
             torch.nn.Module.to(pipeline.components[name], stored_dtype(loaded or plain)).save_pretrained(out / name)
-    library = type(denoiser).__module__.partition(".")[0]
-    index[denoiser_name] = [library, type(denoiser).__name__]
+    own = class_of(denoiser)
+    index[denoiser_name] = [own.__module__.partition(".")[0], own.__name__]
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ class Objective:
 
     Attributes:
         prepare: Makes the denoiser's inputs of a batch, such as `prepare_batch` with its kind bound.
-        teacher: The original denoiser, or None for no distillation.
+        teacher: The original denoiser, or None for no distillation; FSDP splits it as it splits the supernet, in place.
         distill_weight: Weight of the distance to the teacher's prediction.
         feature_distill_weight: Weight of the relative distance to the outputs of the teacher's blocks.
     """

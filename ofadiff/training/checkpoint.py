@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ofadiff.data.stream import Place
 from ofadiff.storage.sealed import DIGESTS_NAME, find_fault, remove, sealed_aside
+from ofadiff.storage.split import gather, write_whole
 from ofadiff.supernet import Supernet
-from ofadiff.training.sharding import gather_like, gather_to_cpu, shard, shard_like
+from ofadiff.training.sharding import part_of, shard, shard_like
 from ofadiff.training.single_size import SingleSize, trained_weights
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class TrainingState:
 
     Attributes:
         supernet: With the weights in training, not their average; or one size in training.
-        ema: The average of the weights.
+        ema: The average of the weights; where FSDP splits them over processes, of this process' shards.
         optimizer: Over the supernet's parameters.
         lr_scheduler: The optimizer's learning rate.
         scaler: Gradient scaler, in float16 only.
@@ -66,8 +66,6 @@ class TrainingState:
         skipped: Steps so far whose loss or gradient was not finite, so that nothing was changed.
         skipped_in_row: Those among them that came last, one after the other.
         validation_missing: Whether a signal has come before a validation that was due.
-        skeleton: `without_weights` of the supernet, only where FSDP splits its weights over processes. The average is
-            then one of each process' shards.
     """
 
     supernet: Supernet | SingleSize
@@ -85,7 +83,6 @@ class TrainingState:
     skipped: int = 0
     skipped_in_row: int = 0
     validation_missing: bool = False
-    skeleton: Supernet | None = None
 
 
 def save_checkpoint(
@@ -111,13 +108,11 @@ def save_checkpoint(
     """
     output_dir = Path(output_dir)
     checkpoint = output_dir / f"checkpoint-{state.step}"
-    supernet = whole_supernet(state, keep=write)
-    averages = gather_to_cpu(_averages(state), keep=write)
     optimizer = state.optimizer.state_dict()
     entries = dict(_flat(optimizer["state"]))
-    # A file cannot hold one tensor under two names, and 8-bit optimizers share their tables: so each gets its own.
-    tensors = gather_to_cpu(((key, value) for key, value in entries.items() if isinstance(value, Tensor)), keep=write)
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
     if not write:
+        _write_tensors(state, tensors, None)
         return checkpoint
 
     rest = {
@@ -140,9 +135,7 @@ def save_checkpoint(
     }
     _remove_leftovers(output_dir)
     with _said_what_is_left(checkpoint), sealed_aside(checkpoint) as unfinished:
-        supernet.save_pretrained(unfinished / DENOISER)
-        save_file(averages, unfinished / "ema.safetensors")
-        save_file(tensors, unfinished / "optimizer.safetensors")
+        _write_tensors(state, tensors, unfinished)
         (unfinished / "state.json").write_text(json.dumps(rest, indent=2) + "\n")
     if total_limit is not None:
         _keep_newest(checkpoint, total_limit)
@@ -165,17 +158,11 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
         _load_supernet(state.supernet, checkpoint)
     saved = json.loads((checkpoint / "state.json").read_text())
 
-    averages = load_file(checkpoint / "ema.safetensors")
     trained = trained_weights(state.supernet.model)
-    for (name, weight), average in zip(trained.items(), state.ema.shadow_params, strict=True):
-        average.copy_(shard(shard_like(weight, averages[name])))
-    entries = {**load_file(checkpoint / "optimizer.safetensors"), **saved["optimizer"]}
-    optimizer_state = {int(index): values for index, values in _nested(entries).items()}
-    weights = [weight for group in state.optimizer.param_groups for weight in group["params"]]
-    for index, values in optimizer_state.items():
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == weights[index].shape:
-                values[name] = shard_like(weights[index], value)
+    with safe_open(checkpoint / "ema.safetensors", framework="pt") as averages:
+        for (name, weight), average in zip(trained.items(), state.ema.shadow_params, strict=True):
+            average.copy_(shard(shard_like(weight, averages.get_tensor(name))))
+    optimizer_state = _read_optimizer(checkpoint, state.optimizer, saved["optimizer"])
     state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": saved["param_groups"]})
     state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if state.scaler is not None:
@@ -239,6 +226,25 @@ def _check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None
             if name in theirs and name in ours:
                 value = list(ours[name]) if isinstance(ours[name], tuple) else ours[name]
                 _check(checkpoint, SETTINGS[name], theirs[name], value)
+
+
+def _read_optimizer(
+    checkpoint: Path, optimizer: torch.optim.Optimizer, rest: Mapping[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """What a checkpoint's optimizer holds for every weight, split as the weights are; read tensor by tensor.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+        optimizer: Over the same weights.
+        rest: What it holds beside tensors.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    entries = dict(rest)
+    with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118
+            weight, value = weights[int(key.partition(".")[0])], tensors.get_tensor(key)
+            entries[key] = shard_like(weight, value) if value.shape == weight.shape else value
+    return {int(index): values for index, values in _nested(entries).items()}
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -356,23 +362,28 @@ def _keep_newest(newest: Path, total_limit: int) -> None:
         remove(old)
 
 
-def whole_supernet(state: TrainingState, keep: bool = True) -> Supernet | SingleSize:
-    """What is trained, with whole weights; without any where they are split and `keep` is off.
+def _write_tensors(state: TrainingState, optimizer: Mapping[str, Tensor], folder: Path | None) -> None:
+    """Writes weights, their average and what the optimizer holds, no more than one whole tensor at a time.
 
-    All processes have to call it together.
+    Args:
+        state: State of the run.
+        optimizer: Tensors of the optimizer's state, by the names under which they are kept.
+        folder: Where to; None in a process that hands over its parts, if weights are split.
     """
-    if state.skeleton is None:
-        return state.supernet
-    weights = gather_to_cpu(state.supernet.model.state_dict().items(), keep)
-    if keep:
-        state.skeleton.model.load_state_dict(weights, assign=True)
-    return state.skeleton
-
-
-def _averages(state: TrainingState) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(state.supernet, Supernet):
+        target = Path(DENOISER) if folder is None else folder / DENOISER
+        state.supernet.save_pretrained(target, is_main_process=folder is not None)
+    elif folder is not None:
+        state.supernet.save_pretrained(folder / DENOISER)
     trained = trained_weights(state.supernet.model)
-    for (name, weight), average in zip(trained.items(), state.ema.shadow_params, strict=True):
-        yield name, gather_like(weight, average)
+    averages = dict(zip(trained, state.ema.shadow_params, strict=True))
+    like = {name: torch.empty(trained[name].shape, dtype=averages[name].dtype, device="meta") for name in trained}
+    file = None if folder is None else folder / "ema.safetensors"
+    write_whole(file, like, lambda name: gather(part_of(trained[name], averages[name])))
+    # A file cannot hold one tensor under two names, and 8-bit optimizers share their tables: so each gets its own.
+    like = {key: torch.empty(value.shape, dtype=value.dtype, device="meta") for key, value in optimizer.items()}
+    file = None if folder is None else folder / "optimizer.safetensors"
+    write_whole(file, like, lambda key: gather(optimizer[key]))
 
 
 def _flat(values: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:

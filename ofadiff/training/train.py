@@ -22,21 +22,17 @@ from ofadiff.data.images import NAMED
 from ofadiff.data.order import Samples, fixed_batches, load_batches, step_batches
 from ofadiff.data.stream import START
 from ofadiff.denoisers.prepare import DenoiserInputs, parts_of
+from ofadiff.denoisers.table import kind_of_model
 from ofadiff.noise.draws import Batch
 from ofadiff.reweight import sample_size
+from ofadiff.storage.split import gather
 from ofadiff.supernet import Supernet
 from ofadiff.training.bundles import Objective, Schedule, TrainingResult, Watching
-from ofadiff.training.checkpoint import (
-    TrainingState,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    whole_supernet,
-)
+from ofadiff.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
 from ofadiff.training.distill import block_outputs, distillation_loss
 from ofadiff.training.interrupts import STOPPING, InterruptedRun, Interrupts, name_of
 from ofadiff.training.losses import predict, prediction_loss
-from ofadiff.training.sharding import check_sharding, gather, is_sharded, shard, without_weights
+from ofadiff.training.sharding import check_sharding, forget_gathered, is_sharded, shard, split_alone, split_like
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.validation import (
     NotFiniteError,
@@ -72,6 +68,9 @@ def train(
 
     A step whose loss or gradient is not finite changes nothing, on any process. Ctrl-C and SIGTERM end the run after
     the step that is being made, with a checkpoint; a second one ends it at once.
+
+    Under FSDP weights stay split over the processes, the teacher's too: at the end all of them call
+    `supernet.save_pretrained(folder, is_main_process=accelerator.is_main_process)`, and what that wrote can be loaded.
 
     Args:
         supernet: What is trained; or one size of it, extracted.
@@ -155,11 +154,11 @@ class _Run:
         self.stopped_by: int | None = None
         self.draw_size(0)  # an unknown strategy is an error now, not after the validation
         check_sharding(accelerator, watching.validation_samples)
-        skeleton = None
-        if is_sharded(accelerator):
-            if isinstance(supernet, SingleSize):
-                raise ValueError("a single size is trained whole: choose multi-GPU, not FSDP, in `accelerate config`")
-            skeleton = without_weights(supernet)
+        if is_sharded(accelerator) and isinstance(supernet, SingleSize):
+            raise ValueError("a single size is trained whole: choose multi-GPU, not FSDP, in `accelerate config`")
+        kind = kind_of_model(supernet.model)
+        if is_sharded(accelerator) and kind is not None:
+            split_alone(accelerator, supernet.model, kind.split_alone)
         if any(subnet.dropped for subnet in supernet.subnets):
             # A dropped branch gives its weights no gradient, for which DDP would wait.
             options = accelerator.ddp_handler or DistributedDataParallelKwargs()
@@ -170,6 +169,8 @@ class _Run:
         compared = objective.teacher is not None and objective.feature_distill_weight
         self.watched = tuple(dict.fromkeys(group.stage for group in supernet.groups)) if compared else ()
         if objective.teacher is not None:
+            if is_sharded(accelerator):
+                split_like(objective.teacher, supernet.model)
             objective.teacher.to(accelerator.device).eval()
         self.trained = list(trained_weights(supernet.model).values())
         ema = EMAModel(
@@ -185,7 +186,6 @@ class _Run:
             accelerator.scaler,
             run_values(accelerator, train_data, schedule),
             flags=dict(watching.flags),
-            skeleton=skeleton,
         )
         if resume_from is not None:
             load_checkpoint(self.state, resume_from)
@@ -375,7 +375,7 @@ class _Run:
         return loss
 
     def finish(self) -> TrainingResult:
-        """Leaves a plain model with averaged weights, in eval mode, at its largest size."""
+        """Leaves a model with averaged weights, in eval mode, at its largest size; what FSDP has split stays split."""
         accelerator, state, supernet = self.accelerator, self.state, self.supernet
         if state.unreadable and accelerator.is_main_process:
             seen = state.step * state.run["samples per step"]
@@ -386,8 +386,7 @@ class _Run:
         accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         vars(supernet.model).pop("forward", None)
         state.ema.copy_to(map(shard, self.trained))
-        # What FSDP has split stays split: the supernet goes on with a whole model.
-        vars(supernet).update(vars(whole_supernet(state)))
+        forget_gathered(supernet.model)
         supernet.set_size("largest")
         supernet.model.eval()
         return TrainingResult(state.step, state.seconds, state.history, self.teacher_loss)

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 MOMENTS = {
     "in a step": ("ofadiff.training.train.prediction_loss", 3),
     "in a validation": ("ofadiff.training.train.validation_losses", 1),
-    "in a checkpoint": ("ofadiff.training.checkpoint.save_file", 2),
+    "in a checkpoint": ("ofadiff.training.checkpoint.write_whole", 2),
     "before an old checkpoint goes": ("ofadiff.training.checkpoint.remove", 1),
     "in the final save": ("ofadiff.runs.result.model_card", 1),
 }

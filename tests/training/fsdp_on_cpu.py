@@ -3,12 +3,12 @@
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 
 
-def make_sharded_accelerator(reshard_after_forward=True, **options):
+def make_sharded_accelerator(reshard_after_forward=True, blocks=("ResnetBlock2D", "Attention"), **options):
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=reshard_after_forward,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["ResnetBlock2D", "Attention"],
+        transformer_cls_names_to_wrap=list(blocks),
     )
     accelerator = Accelerator(fsdp_plugin=plugin, **options)
     # In both places, as accelerate does: it copies the one to the other whenever a state is asked for.

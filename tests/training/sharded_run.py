@@ -15,6 +15,7 @@ from ofadiff.denoisers.prepare import prepare_pixels
 from ofadiff.training.sharding import is_sharded, shard
 from ofadiff.training.validation import averaged_weights
 from training.fsdp_on_cpu import make_sharded_accelerator
+from training.larger_than_a_card import MODELS, go_through
 from training.tiny_run import make_data, make_supernet, make_teacher, train_with
 
 OPTIONS = {"max_train_steps": 3, "checkpointing_steps": 2, "validation_steps": 1, "validation_samples": 8}
@@ -68,11 +69,16 @@ def main(folder):
         options = {"train_batch_size": 2, "resume_from": resume_from, "offload_ema": resume_from is not None}
         supernet, result = run(accelerator, folder / name, **options)
         assert is_sharded(accelerator)
+        supernet.save_pretrained(folder / name / "unet", is_main_process=accelerator.is_main_process)
         if accelerator.is_main_process:
-            supernet.save_pretrained(folder / name / "unet")
             (folder / name / "history.json").write_text(json.dumps(result.history))
         accelerator.free_memory()
     check_averages_are_taken_and_given_back(accelerator)
+    for name, (_, blocks) in MODELS.items():
+        accelerator.free_memory()
+        accelerator = make_sharded_accelerator(blocks=blocks)
+        found = go_through(accelerator, name, folder / name)
+        (folder / f"{name}-{accelerator.process_index}.json").write_text(json.dumps(found))
     accelerator.end_training()
 
 

@@ -280,7 +280,7 @@ def test_a_disk_that_fails_in_the_first_checkpoint_leaves_nothing(two_checkpoint
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ofadiff.training.checkpoint.save_file", full)
+    monkeypatch.setattr("ofadiff.training.checkpoint.write_whole", full)
     with pytest.raises(OSError, match=r"checkpoint-2: .*No space left on device; there is no earlier checkpoint"):
         save_checkpoint(two_checkpoints[1], tmp_path)
     assert not list(tmp_path.iterdir())

@@ -3,19 +3,32 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import DistributedType
 from diffusers import UNet2DModel
+from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from ofadiff import Supernet
-from ofadiff.training.sharding import check_sharding
+from ofadiff.denoisers.dit import DIT
+from ofadiff.denoisers.unet_2d import UNET_2D
+from ofadiff.runs import Calls, Compression, Data, Model, Output, RunSettings
+from ofadiff.runs.run import check_run
+from ofadiff.training.sharding import check_sharding, split_alone
 from training.fsdp_on_cpu import make_sharded_accelerator
+from training.larger_than_a_card import MODELS, STEPS, go_through, make
 from training.sharded_run import run
 
 pytestmark = pytest.mark.slow
+
+# Whose memory is looked at; the other is too small for it.
+MEASURED = "FluxTransformer2DModel"
+# Blocks that FSDP has whole at once, and what a forward and backward of two samples keep.
+BLOCKS, ACTIVATIONS = 3, 2**20
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +39,11 @@ def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "tests" / "training" / "sharded_run.py"), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'unet_elastic'}",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, env={**environment, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
@@ -58,6 +75,35 @@ def test_a_killed_run_resumes_to_the_same_weights(sharded, make_accelerator, tmp
     close(supernet.model.state_dict(), whole)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_other_denoisers_train_as_whole_ones_do(name, sharded, make_accelerator, tmp_path):
+    go_through(make_accelerator(), name, tmp_path, batch_size=2)
+    for folder in (f"checkpoint-{STEPS}/denoiser", "final"):
+        split, alone = sharded / name / folder, tmp_path / folder
+        close(weights(split), weights(alone))
+        assert {path.name for path in split.iterdir()} == {path.name for path in alone.iterdir()}
+        assert (split / "config.json").read_bytes() == (alone / "config.json").read_bytes()
+    for file in ("ema.safetensors", "optimizer.safetensors"):
+        split, alone = (load_file(folder / f"checkpoint-{STEPS}" / file) for folder in (sharded / name, tmp_path))
+        close(split, alone)
+
+
+@pytest.mark.parametrize("rank", range(2))
+def test_a_process_holds_its_share_and_some_blocks(rank, sharded):
+    """Two processes; beside its share a process holds, at most, what each phase takes for itself."""
+    found = json.loads((sharded / f"{MEASURED}-{rank}.json").read_text())
+    share, whole, block = found["share"], found["whole"], found["block"]
+    # Where the first dimension of a tensor is odd the parts are not equal.
+    assert share["weights"] <= 0.52 * whole and share["EMA"] <= 0.52 * whole and share["moments"] <= 1.05 * whole
+    assert share["teacher"] <= 0.52 * found["whole teacher"]
+    beside = {phase: found[phase] - share["all"] for phase in ("train", "validate")}
+    assert found["score"] <= 0.4 * whole  # activations, nearly all of it
+    # Gradients, of which AdamW or the average makes a copy while it steps.
+    assert beside["train"] <= 2 * share["weights"] + BLOCKS * block + ACTIVATIONS
+    # What the weights were while their average is in their place, in main memory.
+    assert beside["validate"] <= share["weights"] + BLOCKS * block + ACTIVATIONS
+
+
 def test_what_is_written_is_a_plain_model(sharded):
     for folder in (sharded / "whole" / "checkpoint-2" / "denoiser", sharded / "whole" / "unet"):
         assert json.loads((folder / "config.json").read_text())["_class_name"] == "UNet2DModel"
@@ -87,3 +133,35 @@ def test_what_does_not_work_is_said(monkeypatch, changes, samples, message):
             setattr(plugin, name, CPUOffloadPolicy() if name == "cpu_offload" else value)
     with pytest.raises(ValueError, match=message):
         check_sharding(accelerator, samples)
+
+
+@pytest.mark.parametrize(
+    ("compression", "data", "message"),
+    [
+        ({"budget": "latency"}, {}, "--budget latency does not work with FSDP, .* choose --budget params or macs"),
+        ({}, {"train_data_dir": "images"}, "images among recordings do not work with FSDP, .* leave out"),
+    ],
+)
+def test_what_needs_a_whole_model_or_other_calls_is_refused_first(compression, data, message):
+    settings = RunSettings(
+        Model(pretrained_model_name_or_path="x"),
+        Data(**data),
+        Output(output_dir="y"),
+        calls=Calls(calls_file="z"),
+        compression=Compression(**compression),
+    )
+    original = SimpleNamespace(kind=UNET_2D, denoiser=None)
+    with pytest.raises(ValueError, match=message):
+        check_run(settings, make_sharded_accelerator(cpu=True), original, None)
+
+
+def test_what_is_used_outside_its_block_is_split_alone():
+    accelerator, model = make_sharded_accelerator(cpu=True), make("DiTTransformer2DModel")
+    plugin = accelerator.state.fsdp_plugin
+    for _ in range(2):
+        split_alone(accelerator, model, DIT.split_alone)
+        assert plugin.transformer_cls_names_to_wrap == ["ResnetBlock2D", "Attention", *DIT.split_alone]
+    plugin.auto_wrap_policy = size_based_auto_wrap_policy
+    with pytest.raises(ValueError, match=r"splits modules by their sizes, .* choose TRANSFORMER_BASED_WRAP"):
+        split_alone(accelerator, model, DIT.split_alone)
+    split_alone(accelerator, model, UNET_2D.split_alone)
