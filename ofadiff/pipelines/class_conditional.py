@@ -1,10 +1,10 @@
 """Sampling from a class-conditional denoiser of pixels: `DDPMPipeline` with `class_labels`."""
 
-from __future__ import annotations
-
+# Annotations are not strings here: diffusers 0.35 looks into those of a pipeline's components, for classes and Unions.
 import inspect
 import json
 from collections.abc import Sequence
+from typing import Union
 
 import torch
 from diffusers import (
@@ -39,7 +39,11 @@ class ClassConditionalDDPMPipeline(DDPMPipeline):
     """
 
     # diffusers' `from_pipe` takes over the two that are named, and loading is content with any model.
-    def __init__(self, unet: UNet2DModel | DiTTransformer2DModel | ModelMixin, scheduler: SchedulerMixin) -> None:
+    def __init__(
+        self,
+        unet: Union[UNet2DModel, DiTTransformer2DModel, ModelMixin],  # noqa: UP007
+        scheduler: SchedulerMixin,
+    ) -> None:
         super().__init__(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
