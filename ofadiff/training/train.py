@@ -329,6 +329,8 @@ class _Run:
         try:
             save_checkpoint(self.state, self.output_dir, limit, write=accelerator.is_main_process)
         except OSError as caught:
+            if is_sharded(accelerator):
+                raise  # the others wait for tensors; whoever started the processes ends them with this one
             error = caught
         failed = torch.tensor(float(error is not None), device=accelerator.device)
         failed = accelerator.reduce(failed, "sum")  # for which all wait

@@ -11,6 +11,7 @@ from ofadiff.denoisers.copies import copy_in
 from ofadiff.denoisers.prepare import DenoiserInputs
 from ofadiff.training.bundles import Objective, Schedule, Watching
 from ofadiff.training.checkpoint import save_checkpoint
+from ofadiff.training.interrupts import Interrupts
 from ofadiff.training.layer_by_layer import on_device
 from ofadiff.training.losses import predict, prediction_loss
 from ofadiff.training.train import _Run
@@ -97,9 +98,11 @@ def go_through(accelerator, name, folder, batch_size=1):
         optimizer,
         get_scheduler("constant", optimizer),
         accelerator,
+        folder,
         Schedule(STEPS, batch_size),
         Watching(validation_samples=4),
         None,
+        Interrupts(),
     )
     state, model = run.state, supernet.model
     run.begin_validation(Numbers())
