@@ -219,6 +219,12 @@ def test_a_visit(address, browser):
     assert urls and all(url.startswith((address, "data:", "blob:")) for url in urls)
 
 
+@pytest.mark.parametrize("path", ["/etc/passwd", ROOT / "pyproject.toml", "model_index.json"])
+def test_no_file_of_the_disk_is_served(path, address):
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(f"{address}gradio_api/file={path}")
+
+
 def test_ctrl_c_ends_it(server):
     _, process, log = server
     said = len(log.read_text())
