@@ -100,8 +100,9 @@ def test_magnitude_is_the_norm_of_rows_and_columns():
 
 
 def test_random_is_seeded():
-    groups = find_channel_groups(make_unet("plain"))
-    first, again, other = (score_channels(None, groups, criterion="random", seed=seed) for seed in (1, 1, 2))
+    unet = make_unet("plain")
+    groups = find_channel_groups(unet)
+    first, again, other = (score_channels(unet, groups, criterion="random", seed=seed) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
 

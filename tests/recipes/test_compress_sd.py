@@ -217,10 +217,10 @@ def test_a_configuration_file_stands_in_for_flags(run, tmp_path, monkeypatch):
         "size: 0.5": r'Unknown option: "\[size\]"',
         "sizes: [2.0]": "'2' is not a size",
         "max_train_steps: 1.5": "'1.5' is not a whole number",
-        "just words": "must be a mapping",
+        "just words": "it holds a str, not lines of `flag: value`",
     }.items():
         config.write_text(content)
-        with pytest.raises(CycloptsError, match=message):
+        with pytest.raises((CycloptsError, ValueError), match=message):
             run(sizes=None, max_train_steps=None, config=config)
     with pytest.raises(ValueError, match=r"cannot read --config .*nowhere.yaml: there is no such file"):
         run(config=tmp_path / "nowhere.yaml")
