@@ -16,6 +16,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from recipes import tiny_text_to_image
 from recordings import tiny_pipelines as recorded
 from tiny_pipelines import make_checkpoint
 from tiny_stable_diffusion import make_unet as make_sd_unet
@@ -24,7 +25,6 @@ from versions import importable, since, skip_if_older
 
 from ofadiff import OFAPipeline, SizeSchedule, Supernet, allocate, find_channel_groups, score_channels
 from ofadiff.layers import cut_once
-from recipes import tiny_text_to_image
 
 pytestmark = [
     pytest.mark.slow,

@@ -161,7 +161,6 @@ def test_names_of_the_documentation_are_found_where_they_were():
     from ofadiff.inputs import INPUTS, example_inputs
     from ofadiff.size_adapter import SizeAdapter
     from ofadiff.training.families import FAMILIES
-
     from ofadiff.unet_elastic import FINDERS, verify_groups
 
     assert all(map(callable, (latency_table, example_inputs, SizeAdapter, verify_groups)))
