@@ -406,15 +406,15 @@ def prepare_place(place: Place) -> None:
 
 
 def make_emoji_unet() -> UNet2DModel:
-    """A small UNet of colour pixels, unconditional."""
+    """A small UNet of colour pixels, unconditional: few channels where images are large, which is what takes time."""
     return UNet2DModel(
         sample_size=32,
-        block_out_channels=(32, 64, 64),
+        block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
         norm_num_groups=8,
         attention_head_dim=16,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     )
 
 
