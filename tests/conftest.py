@@ -180,3 +180,12 @@ def sliced(fused: ModelMixin, directory: Path) -> Supernet:
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference relative to the largest expected value."""
     return float((value - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """The process that recipes are forked from; see `faults.harness.Nursery`."""
+    from faults.harness import Nursery
+
+    with Nursery(tmp_path_factory.mktemp("nursery")) as started:
+        yield started

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import plain_unet
 from diffusers import DDPMPipeline, DDPMScheduler
-from faults.harness import Nursery, finish
+from faults.harness import finish
 from faults.launches import pixels
 from PIL import Image
 from recipes.tiny_stable_diffusion import save_captioned_images
@@ -181,12 +181,6 @@ def png(folder, name="image.png"):
 
 
 # Runs to kill.
-
-
-@pytest.fixture(scope="session")
-def nursery(tmp_path_factory):
-    with Nursery(tmp_path_factory.mktemp("nursery")) as started:
-        yield started
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import torch
 from cyclopts import CycloptsError
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from recipes.conftest import ROOT, load_recipe
+from recipes.conftest import load_recipe
 from recipes.tiny_stable_diffusion import save_captioned_images, save_stable_diffusion, save_stable_diffusion_xl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training.tiny_shards import save_shards
@@ -113,31 +113,29 @@ def test_the_result_is_the_original_pipeline_with_every_size(run, files, tmp_pat
         assert all(torch.equal(value, expected[key]) for key, value in getattr(plain, name).state_dict().items())
 
 
-def test_two_processes_train_as_one_does(run, launch, flags, files, tmp_path):
+def test_two_processes_train_as_one_does(run, fork, flags, files, tmp_path):
     # Adam divides by the gradient's size; the epsilon keeps rounding from counting where there is next to no gradient.
     options = {"pretrained_model_name_or_path": files / "sdxl", "learning_rate": 1e-3, "adam_epsilon": 1e-4}
     options |= {"cache_dir_latents": tmp_path / "latents", "center_crop": True}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     line = flags(train_batch_size=2, output_dir=tmp_path / "two", **options)
-    two = launch("compress_sd.py", line, launcher, ACCELERATE_USE_CPU="true")
-    assert two.returncode == 0, two.stderr
+    ended, log = fork("compress_sd.py", line)
+    assert ended == [0, 0], log
     # Encoded in the loop, where the two processes encoded everything first.
     run(train_batch_size=4, output_dir=tmp_path / "one", **{**options, "cache_dir_latents": None})
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=0, atol=1e-5)
 
 
-def test_two_processes_train_on_a_stream_as_one_does(run, launch, flags, files, tmp_path):
+def test_two_processes_train_on_a_stream_as_one_does(run, fork, flags, files, tmp_path):
     options = {"learning_rate": 1e-3, "adam_epsilon": 1e-4, "max_train_steps": 2, **STREAMED}
     options |= {"train_data_dir": None, "dataset_name": "webdataset", "dataset_data_files": files / "shards" / "*.tar"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     line = flags(train_batch_size=2, output_dir=tmp_path / "two", **options)
-    two = launch("compress_sd.py", line, launcher, ACCELERATE_USE_CPU="true")
-    assert two.returncode == 0, two.stderr
+    ended, log = fork("compress_sd.py", line)
+    assert ended == [0, 0], log
     run(train_batch_size=4, output_dir=tmp_path / "one", **options)
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=0, atol=1e-5)
 
 
-def test_processes_that_split_the_weights_train_as_one_does(run, launch, flags, files, tmp_path):
+def test_processes_that_split_the_weights_train_as_one_does(run, fork, flags, files, tmp_path):
     options = {
         "optimizer": "adamw",
         "learning_rate": 1e-3,
@@ -146,12 +144,9 @@ def test_processes_that_split_the_weights_train_as_one_does(run, launch, flags, 
         "feature_distill_weight": 0.1,
     }
     options |= {"validation_prompts": ["a"], "validation_inference_steps": 1}
-    tests = ROOT / "tests"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launcher += [str(tests / "recipes" / "sharded_recipe.py")]
     line = flags(train_batch_size=2, output_dir=tmp_path / "two", **options)
-    two = launch("compress_sd.py", line, launcher, ACCELERATE_USE_CPU="true", PYTHONPATH=f"{ROOT}:{tests}")
-    assert two.returncode == 0, two.stderr
+    ended, log = fork("compress_sd.py", line, sharded=True)
+    assert ended == [0, 0], log
     run(train_batch_size=4, output_dir=tmp_path / "one", **options)
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=0, atol=1e-5)
     with Image.open(tmp_path / "two" / "samples" / "000002.png") as grid:

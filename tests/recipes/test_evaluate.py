@@ -141,7 +141,7 @@ def test_text_to_image_takes_a_file_of_prompts(flags, tmp_path, capsys):
     assert "makes images of prompts, and there are none; give" in capsys.readouterr().err
 
 
-# The extractor of these tests, in a process of its own.
+# The extractor of these tests, in processes of their own.
 DRIVER = """
 from torch import nn
 from ofadiff.commands.command import main, script
@@ -157,15 +157,14 @@ main(script(evaluate_checkpoint, "evaluate.py"))
 """
 
 
-def test_two_processes_make_the_report_of_one(flags, files, launch, tmp_path):
+def test_two_processes_make_the_report_of_one(flags, files, fork, tmp_path):
     # Five batches: the first process has three of them, the second two.
     options = {"num_samples": 9, "batch_size": 2, "compare": f"again={files / 'size-0.5'}", "sizes": "0.5"}
     options |= {"metrics": "fid kid psnr ssim latency", "scheduler": "ddpm"}
     (tmp_path / "driver.py").write_text(DRIVER)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = launch(tmp_path / "driver.py", flags(output_dir=tmp_path / "two", **options), launcher)
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("report.html shows it all") == 1
+    ended, log = fork(tmp_path / "driver.py", flags(output_dir=tmp_path / "two", **options))
+    assert ended == [0, 0], log
+    assert log.count("report.html shows it all") == 1
     main(flags(output_dir=tmp_path / "one", **options))
     one = samples(tmp_path / "one")
     assert len(one) == 3 * 9 and samples(tmp_path / "two") == one

@@ -28,7 +28,6 @@ from ofadiff.runs.settings import RunSettings
 pytestmark = pytest.mark.slow
 
 BUNDLES = (Calls, Captions, Classes, Compression, Data, Losses, Optimization, Watching)
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.mark.parametrize(
@@ -115,11 +114,11 @@ def test_classes_of_folders(run, files, tmp_path, capsys):  # noqa: F811
             run(train_data_dir=tmp_path / name, output_dir=tmp_path / "refused", **conditional)
 
 
-def test_fewer_scoring_images_than_processes(run, launch, flags, tmp_path):  # noqa: F811
+def test_fewer_scoring_images_than_processes(run, fork, flags, tmp_path):  # noqa: F811
     """One image is scored by one of two processes; both get its scores, as one process does."""
     options = {"importance_samples": 1, "correction_samples": 1, "max_train_steps": 0, "validation_samples": 1}
-    two = launch("compress_ddpm.py", flags(output_dir=tmp_path / "two", **options), TWO, ACCELERATE_USE_CPU="true")
-    assert two.returncode == 0, two.stderr
+    ended, log = fork("compress_ddpm.py", flags(output_dir=tmp_path / "two", **options))
+    assert ended == [0, 0], log
     run(output_dir=tmp_path / "one", **options)
     one, other = (Supernet.from_pretrained(tmp_path / name / "unet") for name in ("one", "two"))
     assert one.subnets == other.subnets
@@ -130,7 +129,9 @@ def test_fewer_scoring_images_than_processes(run, launch, flags, tmp_path):  # n
     ("ranks", "said"), [("1", "process 1: the disk of process 1 is full"), ("0,1", "the disk of process 0 is full")]
 )
 def test_an_error_of_any_process_is_said_once_and_ends_all(launch, flags, ranks, said):  # noqa: F811
-    failing = [*TWO, __file__.replace("test_meaning", "failing_recipe"), ranks]
+    """As a launcher has it, which ends the others when one has failed."""
+    failing = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    failing += [__file__.replace("test_meaning", "failing_recipe"), ranks]
     done = launch("compress_ddpm.py", flags(), failing, ACCELERATE_USE_CPU="true")
     errors = [line for line in done.stderr.splitlines() if "is full" in line]
     assert done.returncode != 0 and len(errors) == 1 and errors[0].endswith(f"error: {said}")
