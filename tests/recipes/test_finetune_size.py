@@ -7,10 +7,12 @@ import yaml
 from conftest import make_dropping_supernet, make_supernet, output, random_inputs, relative_error
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
+from recipes.conftest import load_recipe
 from recipes.tiny_stable_diffusion import make_unet, save_captioned_images, save_stable_diffusion
 from safetensors.torch import load_file
 
 from ofadiff import OFAPipeline, Supernet
+from ofadiff.commands import command
 
 pytestmark = pytest.mark.slow
 
@@ -244,7 +246,7 @@ def test_what_is_no_checkpoint_or_no_teacher_for_it_is_refused(run, files, check
         run(teacher_model_name_or_path=files / "sd")
 
 
-def test_a_configuration_file_and_one_sentence_for_a_mistake(run, launch, flags, checkpoint, tmp_path, monkeypatch):
+def test_a_configuration_file_and_one_sentence_for_a_mistake(run, flags, checkpoint, tmp_path, monkeypatch, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({"size": 0.75, "lora_rank": 3, "overwrite": True}))
     seen = {}
@@ -252,6 +254,7 @@ def test_a_configuration_file_and_one_sentence_for_a_mistake(run, launch, flags,
         patched.setattr("ofadiff.commands.heal.start_healing", lambda settings: seen.update(settings.flags()))
         run(size=None, lora_rank=None, config=config)
     assert (seen["size"], seen["lora_rank"], seen["overwrite_output_dir"]) == (0.75, 3, True)
-    done = launch("finetune_size.py", flags(size=0.3))
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("finetune_size.py: error: size is 0.3; it must be one of")
+    with pytest.raises(SystemExit) as stop:
+        command.main(load_recipe("finetune_size.py"), flags(size=0.3))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and said.startswith("finetune_size.py: error: size is 0.3; it must be one of")
