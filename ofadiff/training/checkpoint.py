@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ofadiff.data.stream import Place
+from ofadiff.reading.json_file import check_object, read_json, read_object, shown
+from ofadiff.reading.tensors import open_tensors
 from ofadiff.storage.sealed import DIGESTS_NAME, find_fault, remove, sealed_aside
 from ofadiff.storage.split import gather, write_whole
 from ofadiff.supernet import Supernet
@@ -43,6 +45,27 @@ SETTINGS = {
     "eps": "epsilon",
     "weight_decay": "weight decay",
     "momentum": "momentum",
+}
+
+# What `state.json` says; what the second one names older checkpoints have not kept, or it may be null.
+STATE = {
+    "run": dict,
+    "step": int,
+    "seconds": float,
+    "history": dict,
+    "ema_steps": int,
+    "optimizer": dict,
+    "param_groups": list,
+    "lr_scheduler": dict,
+}
+OPTIONAL = {
+    "flags": dict,
+    "place": list,
+    "unreadable": int,
+    "skipped": int,
+    "skipped_in_row": int,
+    "validation_missing": bool,
+    "scaler": dict,
 }
 
 
@@ -147,7 +170,7 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
 
     Raises:
         ValueError: If this is no checkpoint, or one of another run: other sizes, widths, order of channels, seed,
-            learning rate, weight decay, ….
+            learning rate, weight decay, …; or if one of its files is not what a checkpoint has.
     """
     checkpoint = Path(checkpoint)
     check_same_run(checkpoint, state.run)
@@ -156,48 +179,47 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
         state.supernet.load(checkpoint / DENOISER)
     else:
         _load_supernet(state.supernet, checkpoint)
-    saved = json.loads((checkpoint / "state.json").read_text())
+    saved = _read_state(checkpoint)
 
     trained = trained_weights(state.supernet.model)
-    with safe_open(checkpoint / "ema.safetensors", framework="pt") as averages:
+    file = checkpoint / "ema.safetensors"
+    with open_tensors(file) as averages:
         for (name, weight), average in zip(trained.items(), state.ema.shadow_params, strict=True):
-            average.copy_(shard(shard_like(weight, averages.get_tensor(name))))
+            value = averages.get_tensor(name)
+            _check(checkpoint, f"shape of {name} in {file.name}", tuple(value.shape), tuple(weight.shape))
+            average.copy_(shard(shard_like(weight, value)))
     optimizer_state = _read_optimizer(checkpoint, state.optimizer, saved["optimizer"])
     state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": saved["param_groups"]})
     state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if state.scaler is not None:
+        if saved.get("scaler") is None:
+            raise ValueError(f"cannot resume from {checkpoint}: it has no gradient scaler, which float16 needs")
         state.scaler.load_state_dict(saved["scaler"])
     state.ema.optimization_step = saved["ema_steps"]
     state.step = saved["step"]
     state.seconds = saved["seconds"]
-    state.place = None if saved["place"] is None else tuple(saved["place"])
+    state.place = None if saved.get("place") is None else tuple(saved["place"])
     state.unreadable = saved.get("unreadable", 0)
     state.skipped, state.skipped_in_row = saved.get("skipped", 0), saved.get("skipped_in_row", 0)
     state.validation_missing = saved.get("validation_missing", False)
-    state.history = {
-        int(step): {float(size): loss for size, loss in losses.items()} for step, losses in saved["history"].items()
-    }
+    state.history = _read_history(checkpoint, saved["history"])
 
 
 def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
     """Raises ValueError unless the checkpoint was written by a run with these values."""
-    path = Path(checkpoint) / "state.json"
-    if not path.is_file():
-        raise ValueError(f"{checkpoint} is not a checkpoint: it has no {path.name}")
-    saved = json.loads(path.read_text())["run"]
+    saved = _read_state(Path(checkpoint))["run"]
     for name in sorted(saved.keys() | run.keys()):
         _check(Path(checkpoint), name, saved.get(name), run.get(name))
 
 
 def read_flags(checkpoint: str | Path) -> dict[str, Any]:
     """What the run that wrote a checkpoint was asked for; older ones have kept nothing."""
-    path = Path(checkpoint) / "state.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("flags", {}) if path.is_file() else {}
+    return _read_state(Path(checkpoint)).get("flags") or {}
 
 
 def read_step(checkpoint: str | Path) -> int:
     """The optimizer steps that a checkpoint's run had made."""
-    return json.loads((Path(checkpoint) / "state.json").read_text(encoding="utf-8"))["step"]
+    return _read_state(Path(checkpoint))["step"]
 
 
 def check_flags(checkpoint: str | Path, flags: Mapping[str, Any], may_change: Collection[str]) -> None:
@@ -218,10 +240,37 @@ def check_flags(checkpoint: str | Path, flags: Mapping[str, Any], may_change: Co
             )
 
 
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's `state.json` says. Raises ValueError if there is none, or it says something else."""
+    path = checkpoint / "state.json"
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} is not a checkpoint: it has no {path.name}")
+    saved = read_object(path)
+    check_object(saved, str(path), STATE, OPTIONAL)
+    return saved
+
+
+def _read_history(checkpoint: Path, saved: Mapping[str, Any]) -> dict[int, dict[float, float]]:
+    """Validation losses, whose steps and sizes JSON keeps as text."""
+    where = f"the history in {checkpoint / 'state.json'}"
+    history = {}
+    for step, losses in saved.items():
+        check_object(losses, f"step {shown(step)} of {where}", {})
+        try:
+            history[int(step)] = {float(size): float(loss) for size, loss in losses.items()}
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{where} has at step {shown(step)} {shown(losses)}; it must be a loss for every size"
+            ) from None
+    return history
+
+
 def _check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Raises ValueError if an optimizer was made with other settings than the checkpoint's, which replace them."""
-    saved = json.loads((checkpoint / "state.json").read_text())["param_groups"]
+    saved = _read_state(checkpoint)["param_groups"]
+    _check(checkpoint, "number of the optimizer's groups of weights", len(saved), len(optimizer.param_groups))
     for theirs, ours in zip(saved, optimizer.param_groups, strict=True):
+        check_object(theirs, f"a group of weights in {checkpoint / 'state.json'}", {"params": list})
         for name in SETTINGS:
             if name in theirs and name in ours:
                 value = list(ours[name]) if isinstance(ours[name], tuple) else ours[name]
@@ -240,10 +289,18 @@ def _read_optimizer(
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     entries = dict(rest)
-    with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118
-            weight, value = weights[int(key.partition(".")[0])], tensors.get_tensor(key)
-            entries[key] = shard_like(weight, value) if value.shape == weight.shape else value
+    file = checkpoint / "optimizer.safetensors"
+    with open_tensors(file) as tensors:
+        for key in [*rest, *tensors.keys()]:
+            index, _, what = key.partition(".")
+            if not (what and index.isdecimal() and int(index) < len(weights)):
+                raise ValueError(
+                    f"cannot resume from {checkpoint}: its optimizer holds {shown(key)}; names begin with the number "
+                    f"of a weight, below {len(weights)}, and a dot"
+                )
+            if key not in rest:
+                weight, value = weights[int(index)], tensors.get_tensor(key)
+                entries[key] = shard_like(weight, value) if value.shape == weight.shape else value
     return {int(index): values for index, values in _nested(entries).items()}
 
 
@@ -297,7 +354,7 @@ def find_torn(checkpoint: Path, contents: bool = True) -> str | None:
         contents: Whether every file is read; otherwise only its length is looked at.
     """
     try:
-        saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        saved = read_json(checkpoint / "state.json")
     except FileNotFoundError:
         return "state.json is missing"
     except ValueError:
@@ -309,8 +366,9 @@ def find_torn(checkpoint: Path, contents: bool = True) -> str | None:
             return f"{name} is missing"
     for path in sorted(checkpoint.rglob("*.safetensors")):
         try:
-            safe_open(path, framework="pt")
-        except SafetensorError as error:
+            with open_tensors(path):
+                pass
+        except ValueError as error:
             return f"{path.relative_to(checkpoint)} is not what was written: {error}"
     return None
 

@@ -1,10 +1,12 @@
 """A model that is ranked, trained, validated and saved by processes that split it, and what each of them holds."""
 
 import torch
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from tiny_transformers import tiny, tiny_inputs
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from ofadiff import Supernet, allocate, find_channel_groups, score_channels
 from ofadiff.denoisers.copies import copy_in
@@ -18,19 +20,52 @@ from ofadiff.training.train import _Run
 from training.live_memory import LiveMemory, bytes_of
 
 # Wide blocks and few tokens: nearly all memory is weights.
-FLUX = {"attention_head_dim": 32, "axes_dims_rope": (8, 12, 12), "num_layers": 2, "num_single_layers": 6}
+FLUX = {"attention_head_dim": 32, "axes_dims_rope": (8, 12, 12), "num_layers": 2, "num_single_layers": 4}
+SDXL = {
+    "sample_size": 4,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 32,
+    "attention_head_dim": (2, 4),
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 16,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
 # Configuration, and the classes of blocks that FSDP splits.
 MODELS = {
     "FluxTransformer2DModel": (FLUX, ("FluxTransformerBlock", "FluxSingleTransformerBlock")),
     "DiTTransformer2DModel": ({"num_layers": 3}, ("BasicTransformerBlock",)),
+    # Its table of positions is a buffer that is in no file.
+    "PixArtTransformer2DModel": ({}, PixArtTransformer2DModel._no_split_modules),
+    "UNet2DConditionModel": (SDXL, UNet2DConditionModel._no_split_modules),
 }
 STEPS = 2
 
 
 def make(name):
-    """A Flux or DiT, scaled down."""
+    """A Flux, DiT, PixArt or SDXL, scaled down."""
     torch.manual_seed(0)
+    if name == "UNet2DConditionModel":
+        return UNet2DConditionModel(**SDXL).eval()
     return tiny(name, **MODELS[name][0])
+
+
+def make_inputs(name):
+    """Arguments of a forward of one sample; its noise comes first."""
+    if name != "UNet2DConditionModel":
+        return tiny_inputs(name, 1)
+    torch.manual_seed(0)
+    return {
+        "sample": torch.randn(1, 4, 4, 4),
+        "timestep": torch.tensor([300]),
+        "encoder_hidden_states": torch.randn(1, 6, 32),
+        "added_cond_kwargs": {"text_embeds": torch.randn(1, 16), "time_ids": torch.ones(1, 6)},
+    }
 
 
 class Numbers:
@@ -45,14 +80,12 @@ class Numbers:
 
 def prepare_for(name):
     """Makes inputs out of seeds, the same ones of a seed in whichever batch it is."""
-    example, drawn = tiny_inputs(name, 1), "hidden_states"
+    example = make_inputs(name)
+    drawn = next(iter(example))
 
     def prepare(batch):
         seeds = batch["seeds"].tolist()
-        arguments = {
-            key: value.expand(len(seeds), *value.shape[1:]) if len(value) == 1 else value
-            for key, value in example.items()
-        }
+        arguments = tree_map(lambda each: each.expand(len(seeds), *each.shape[1:]) if len(each) == 1 else each, example)
         shape = example[drawn].shape[1:]
         arguments[drawn] = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         return DenoiserInputs(arguments, arguments[drawn].roll(1, 1), torch.ones(len(seeds)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from test_written_before import WRITTEN
 
 from ofadiff import Supernet
@@ -185,6 +186,10 @@ def scribble(path):
     path.write_text("{")
 
 
+def nest(path):
+    path.write_text("[" * 200_000)
+
+
 TEARS = [
     (flip_a_bit, "optimizer.safetensors", "optimizer.safetensors is not what was written"),
     (flip_a_bit, "denoiser/diffusion_pytorch_model.safetensors", "model.safetensors is not what was written"),
@@ -194,6 +199,8 @@ TEARS = [
     (forget, "digests.json", "digests.json is missing"),
     (scribble, "state.json", "state.json is no JSON"),
     (scribble, "digests.json", "digests.json is not what was written"),
+    (nest, "state.json", "state.json is no JSON"),
+    (nest, "digests.json", "digests.json is not what was written"),
 ]
 
 
@@ -209,6 +216,41 @@ def test_a_torn_checkpoint_is_named_and_the_newest_whole_one_is_used(run_folder,
     tear(run_folder / "checkpoint-1" / file)
     with pytest.raises(ValueError, match=rf"no checkpoint in .* is whole: checkpoint-2 \(.*{said}.*checkpoint-1 \("):
         find_checkpoint(run_folder, "latest")
+
+
+def say(**values):
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def rename(name, other):
+    def change(path):
+        tensors = load_file(path)
+        save_file({other if each == name else each: tensor for each, tensor in tensors.items()}, path)
+
+    return change
+
+
+STRANGE = [
+    (scribble, "state.json", r"state\.json is not JSON"),
+    (say(step="two"), "state.json", r"state\.json has the step 'two'; it must be a whole number"),
+    (say(place=3), "state.json", r"state\.json has the place 3; it must be a list"),
+    (say(param_groups=[3]), "state.json", r"a group of weights in .*state\.json is 3; it must be an object"),
+    (say(param_groups=[]), "state.json", "its number of the optimizer's groups of weights is 0, this run's is 1"),
+    (say(history={"1": {"1.0": "low"}}), "state.json", r"the history .* has at step '1' \{'1.0': 'low'\}; it must be"),
+    (say(optimizer={"999.step": 1}), "state.json", "its optimizer holds '999.step'; names begin with the number of a"),
+    (cut_short, "optimizer.safetensors", r"optimizer\.safetensors cannot be read: it is damaged, cut short"),
+    (rename("0.exp_avg", "first"), "optimizer.safetensors", "its optimizer holds 'first'; names begin with"),
+    (rename("conv_in.bias", "b"), "ema.safetensors", r"ema\.safetensors cannot be read: .* tensor conv_in\.bias"),
+    (forget, "ema.safetensors", r"ema\.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("change", "file", "said"), STRANGE)
+def test_a_file_that_is_not_what_a_checkpoint_has_is_named(two_checkpoints, run_folder, change, file, said):
+    checkpoint = run_folder / "checkpoint-2"
+    change(checkpoint / file)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        load_checkpoint(two_checkpoints[1], checkpoint)
 
 
 def test_checkpoints_without_digests_are_whole_unless_a_file_is_cut_short(tmp_path):

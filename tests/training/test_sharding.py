@@ -25,10 +25,12 @@ from training.sharded_run import run
 
 pytestmark = pytest.mark.slow
 
-# Whose memory is looked at; the other is too small for it.
-MEASURED = "FluxTransformer2DModel"
+# Whose memory is looked at; the others are too small for it.
+MEASURED = ("FluxTransformer2DModel", "UNet2DConditionModel")
 # Blocks that FSDP has whole at once, and what a forward and backward of two samples keep.
 BLOCKS, ACTIVATIONS = 3, 2**20
+# Of tensors that are too small to be counted one by one.
+SMALL = 2**16
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,19 +91,23 @@ def test_other_denoisers_train_as_whole_ones_do(name, sharded, make_accelerator,
 
 
 @pytest.mark.parametrize("rank", range(2))
-def test_a_process_holds_its_share_and_some_blocks(rank, sharded):
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_process_holds_its_share_and_some_blocks(name, rank, sharded):
     """Two processes; beside its share a process holds, at most, what each phase takes for itself."""
-    found = json.loads((sharded / f"{MEASURED}-{rank}.json").read_text())
+    found = json.loads((sharded / f"{name}-{rank}.json").read_text())
     share, whole, block = found["share"], found["whole"], found["block"]
     # Where the first dimension of a tensor is odd the parts are not equal.
     assert share["weights"] <= 0.52 * whole and share["EMA"] <= 0.52 * whole and share["moments"] <= 1.05 * whole
     assert share["teacher"] <= 0.52 * found["whole teacher"]
-    beside = {phase: found[phase] - share["all"] for phase in ("train", "validate")}
+    beside = {phase: found[phase] - share["all"] for phase in ("train", "validate", "checkpoint", "save")}
     assert found["score"] <= 0.4 * whole  # activations, nearly all of it
     # Gradients, of which AdamW or the average makes a copy while it steps.
     assert beside["train"] <= 2 * share["weights"] + BLOCKS * block + ACTIVATIONS
     # What the weights were while their average is in their place, in main memory.
     assert beside["validate"] <= share["weights"] + BLOCKS * block + ACTIVATIONS
+    # Weights, their average and both moments are gathered one tensor at a time, and at least one is.
+    for phase in ("checkpoint", "save"):
+        assert 0.9 * found["largest tensor"] <= beside[phase] <= found["largest tensor"] + SMALL
 
 
 def test_what_is_written_is_a_plain_model(sharded):
