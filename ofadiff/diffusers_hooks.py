@@ -1,4 +1,4 @@
-"""diffusers' own hooks on a denoiser's modules: caches of earlier steps, and what moves or casts weights."""
+"""What is hooked on a denoiser's modules: caches of earlier steps, and what moves or casts weights."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def moves_weights(module: nn.Module) -> bool:
 def are_cached(modules: Iterable[nn.Module]) -> bool:
     """Whether a hook on any module remembers earlier steps."""
     return any(hook._is_stateful for module in modules for hook in hooks_of(module))
+
+
+def is_deep_cached(model: nn.Module) -> bool:
+    """Whether the package DeepCache has put its forward in place of a denoiser's; what it holds cannot be emptied."""
+    return "forward" in vars(model) and model.forward.__module__.partition(".")[0] == "DeepCache"
 
 
 def empty_caches(modules: Iterable[nn.Module]) -> None:

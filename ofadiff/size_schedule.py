@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from ofadiff.sizes import SizeTable
@@ -23,7 +25,7 @@ class SizeSchedule(Sequence[float]):
         measured: What is known of it, such as `find_schedule` found out: JSON values by name.
 
     Raises:
-        ValueError: If there is no size, or one is no number above 0.
+        ValueError: If there is no size, one is no number above 0, or `measured` is no JSON.
 
     Example:
         >>> pipeline = OFAPipeline.from_pretrained("ofa")
@@ -37,13 +39,17 @@ class SizeSchedule(Sequence[float]):
     measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __init__(self, sizes: Iterable[float], measured: Mapping[str, Any] | None = None) -> None:
-        values = [sizes] if isinstance(sizes, (int, float)) else list(sizes)
+        values = list(sizes) if isinstance(sizes, Iterable) and not isinstance(sizes, str) else [sizes]
         if not values:
             raise ValueError("sizes is empty; a schedule needs the size of at least one step")
         for value in values:
-            real = isinstance(value, (int, float)) and not isinstance(value, bool)
+            real = isinstance(value, Real) and not isinstance(value, bool)
             if not (real and math.isfinite(value) and value > 0):
                 raise ValueError(f"sizes has {value!r}; a schedule takes numbers above 0, the sizes of a checkpoint")
+        try:
+            json.dumps(dict(measured or {}), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"measured cannot be kept as JSON: {error}") from None
         object.__setattr__(self, "sizes", tuple(float(value) for value in values))
         object.__setattr__(self, "measured", dict(measured or {}))
 
@@ -78,8 +84,8 @@ class SizeSchedule(Sequence[float]):
         Raises:
             ValueError: If there are fewer than one step.
         """
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; a schedule needs at least 1")
+        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"steps is {steps!r}; it must be a whole number of at least 1")
         return SizeSchedule([self.at(step, steps) for step in range(steps)], self.measured)
 
     def at(self, step: int, steps: int) -> float:
@@ -97,7 +103,9 @@ class SizeSchedule(Sequence[float]):
 
 
 def check_schedule(subnets: SizeTable, name: str, schedule: SizeSchedule | None) -> None:
-    """Raises ValueError if a schedule cannot be kept under a name, or has sizes that are not in a table."""
+    """Raises ValueError if a schedule is none, cannot be kept under a name, or has sizes that are not in a table."""
+    if schedule is not None and not isinstance(schedule, SizeSchedule):
+        raise ValueError(f"the schedule is {schedule!r}; it must be a SizeSchedule, or None to take one away")
     if not isinstance(name, str) or not name or name in ("smallest", "largest"):
         raise ValueError(
             f"a schedule cannot have the name {name!r}; give it a word other than 'smallest' and 'largest'"

@@ -269,13 +269,14 @@ class Supernet:
         """The model at a size for the length of a `with` block; the size from before returns, also on an error.
 
         Until the block ends the model is this thread's: others that set a size or call the model wait. So a thread that
-        the block waits for must not use the model.
+        the block waits for must not use the model. Inside of a pipeline's call, as in a callback, the size is this
+        one, whatever schedule or guidance that call has.
 
         Raises:
             ValueError: If there is no such size.
         """
         self.subnets.find(size)
-        with self._state.lock:
+        with self.used_at(None):
             before = self.size
             self.set_size(size)
             try:
@@ -286,12 +287,23 @@ class Supernet:
     @contextmanager
     def used_at(self, size: float | str | None) -> Iterator[None]:
         """Like `at`; with None the model is this thread's at the size that is set, which the block may change."""
-        if size is None:
-            with self._state.lock:
-                yield
-        else:
+        if size is not None:
             with self.at(size):
                 yield
+            return
+        state = self._state
+        with state.lock:
+            before = state.user, state.answer
+            state.user, state.answer = object(), None
+            try:
+                yield
+            finally:
+                state.user, state.answer = before
+
+    @property
+    def user(self) -> object:
+        """Stands for the innermost block of `at` or `used_at` that has the model; None outside of all."""
+        return self._state.user
 
     @contextmanager
     def answering(self, answer: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]) -> Iterator[None]:

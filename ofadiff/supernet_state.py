@@ -58,6 +58,7 @@ class SupernetState:
         modules: What is inside the model; diffusers may put hooks on any of it.
         size: Size that the model is set to.
         answer: What a call of the model does in place of a forward; it is told the forward and its arguments.
+        user: Stands for the innermost block that has the model, see `Supernet.used_at`.
         lock: Held while a size is set for some calls, and during every forward.
     """
 
@@ -77,6 +78,7 @@ class SupernetState:
         self.schedules: dict[str, SizeSchedule] = {}
         self.sides: dict[str, list[tuple[nn.Module, str, Slice]]] = {}
         self.answer: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any] | None = None
+        self.user: object = None
         self.lock = SizeLock()
         self._blocks = [(model.get_submodule(group.block), group) for group in groups if group.resize is not None]
         self.look_up_layers(model)

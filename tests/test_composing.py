@@ -313,6 +313,16 @@ def test_what_cannot_go_together_says_so(folders, monkeypatch):
     assert {row for row, cells in ROWS.items() if "error" in cells[1:]} == {"float8 weights", "tensor parallelism"}
 
 
+def test_deepcache_holds_one_size_alone(folders, monkeypatch):
+    pipeline = load("sd", folders, monkeypatch)
+    run("DeepCache", pipeline)
+    expected = sample(pipeline, "sd", size=SMALL)
+    assert torch.equal(sample(pipeline, "sd", size=SizeSchedule([SMALL, SMALL])), expected)
+    for arguments in ({"size": SizeSchedule([SMALL, LARGE])}, {"size": LARGE, "guidance_size": SMALL}):
+        with pytest.raises(ValueError, match=r"the unet has DeepCache, which would .* call its helper's disable\(\)"):
+            sample(pipeline, "sd", **arguments)
+
+
 @pytest.mark.parametrize("name", ["sd15", "DiTTransformer2DModel"])
 def test_int8_weights_of_a_supernet_are_as_close_as_those_of_a_size(name):
     quantization = needs_torchao()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ofadiff.pipelines import OFAPipeline
 from ofadiff.profiling.cost import count_parameters
-from ofadiff.size_schedule import SizeSchedule
 from ofadiff.supernet_model import unwrapped
 
 
@@ -47,9 +47,9 @@ def costs_at(pipeline: OFAPipeline, size: float) -> Costs:
     )
 
 
-def costs_over(pipeline: OFAPipeline, schedule: SizeSchedule) -> Costs:
-    """Costs of a schedule, step by step."""
-    steps = [costs_at(pipeline, size) for size in schedule]
+def costs_over(pipeline: OFAPipeline, sizes: Sequence[float]) -> Costs:
+    """Costs of forwards at sizes, one after the other."""
+    steps = [costs_at(pipeline, size) for size in sizes]
     macs = [step.macs_share for step in steps if step.macs_share is not None]
     largest = max(steps, key=lambda step: step.params)
     mean = statistics.fmean(macs) if len(macs) == len(steps) else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,7 @@ class Playground:
         size = self.choices[choice]
         if isinstance(size, SizeSchedule):
             followed = size if request.steps is None else size.over(request.steps)
-            return self._draw(self.pipeline, request, choice, costs_over(self.pipeline, followed), followed)
+            return self._draw(self.pipeline, request, choice, None, followed)
         return self._draw(self.pipeline, request, f"size {choice}", costs_at(self.pipeline, size), size)
 
     def draw_original(self, request: Request) -> Picture:
@@ -107,18 +108,35 @@ class Playground:
         pipeline: Any,
         request: Request,
         title: str,
-        costs: Costs,
+        costs: Costs | None,
         size: float | SizeSchedule | None = None,
     ) -> Picture:
+        """A picture; where no costs are given, they are those of the forwards that it took."""
         at_size = {} if size is None else {"size": size}
         device, outputs = self.pipeline.device, []
-        with self._one_at_a_time, without_bar(pipeline):
+        with self._one_at_a_time, without_bar(pipeline), _sizes_of_forwards(self.pipeline) as sizes:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             seconds = seconds_of(lambda: outputs.append(pipeline(**request.arguments(), **at_size)), device)
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         image = _first_image(outputs[0], type(pipeline).__name__)
+        costs = costs or costs_over(self.pipeline, sizes)
         return Picture(image, title, seconds, costs, peak, size if isinstance(size, SizeSchedule) else None)
+
+
+@contextmanager
+def _sizes_of_forwards(pipeline: Any) -> Iterator[list[float]]:
+    """A block in which the size of every forward of a pipeline's denoisers is noted."""
+    sizes: list[float] = []
+    handles = [
+        supernet.model.register_forward_hook(lambda *call, of=supernet: sizes.append(of.size))
+        for supernet in pipeline.supernets.values()
+    ]
+    try:
+        yield sizes
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _first_image(output: Any, name: str) -> Image.Image:

@@ -14,18 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub.constants import HF_HOME
 
+from ofadiff.diffusers_hooks import hooks_of
 from ofadiff.pipelines.calls import check_calls, described, opened, without_bar
 from ofadiff.profiling import peak_memory_of, processor_name
 from ofadiff.profiling.timing import seconds_of
+from ofadiff.reading.json_file import read_json
 
 logger = logging.get_logger(__name__)
 
@@ -75,23 +77,25 @@ class Budget:
         """
         if latency_ms is None and memory is None:
             raise ValueError(f"there is no budget; give latency_ms (milliseconds), {name} (such as '6GB'), or both")
-        if latency_ms is not None and not (_is_number(latency_ms) and math.isfinite(latency_ms) and latency_ms > 0):
+        if latency_ms is not None and not (_is_number(latency_ms) and latency_ms > 0):
             raise ValueError(f"latency_ms is {latency_ms!r}; it must be a number of milliseconds above 0")
         return cls(latency_ms, None if memory is None else _bytes(memory, name))
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _bytes(memory: Any, name: str) -> int:
-    if isinstance(memory, str) and re.fullmatch(r"\d+(\.\d+)? ?[KMGT]i?B", memory.strip()):
-        memory = convert_file_size_to_int(memory.strip())
-    if not isinstance(memory, int) or isinstance(memory, bool) or memory <= 0:
+    size = memory
+    if isinstance(memory, str) and (written := re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", memory.strip())):
+        digits, unit, binary = written.groups()
+        size = float(digits) * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1)
+    if not _is_number(size) or size < 1:
         raise ValueError(
             f"{name} is {memory!r}; it must be a number of bytes above 0, or a text such as '6GB' or '6GiB'"
         )
-    return memory
+    return int(size)
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,8 @@ def cost_of_call(pipeline: Any, call: Mapping[str, Any]) -> CallCost:
     """Measures one call of a pipeline that holds one size.
 
     A call of more than `MANY` denoising steps is not made: its time is that of `FEW` of them, and for every other step
-    what a step takes between `FEW` and `MANY`.
+    what a step takes between `FEW` and `MANY`. Of a call that denoises a part of the way only, as image-to-image does,
+    so many steps are taken that these are left.
 
     Raises:
         ValueError: If the pipeline is neither on the CPU nor on a CUDA device.
@@ -153,7 +158,9 @@ def cost_of_call(pipeline: Any, call: Mapping[str, Any]) -> CallCost:
     device = pipeline._execution_device
     takes = inspect.signature(pipeline._stock_class.__call__).parameters
     steps = call.get(STEPS, takes[STEPS].default if STEPS in takes else None)
-    long = isinstance(steps, int) and steps > MANY
+    share = _share_of_the_way({**{name: each.default for name, each in takes.items()}, **call})
+    few, many = (math.ceil(count / share) for count in (FEW, MANY))
+    long = isinstance(steps, int) and steps > many
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
 
@@ -161,11 +168,20 @@ def cost_of_call(pipeline: Any, call: Mapping[str, Any]) -> CallCost:
         return partial(pipeline, **{**call, **({} if count is None else {STEPS: count})})
 
     with without_bar(pipeline):
-        memory = peak_memory_of(made(FEW if long else None), tensors, device)
+        memory = peak_memory_of(made(few if long else None), tensors, device)
         if not long:
             return CallCost(_milliseconds(made(None), device), memory)
-        few, many = (_milliseconds(made(count), device) for count in (FEW, MANY))
-    return CallCost(few + max(many - few, 0) / (MANY - FEW) * (steps - FEW), memory)
+        short, longer = (_milliseconds(made(count), device) for count in (few, many))
+    return CallCost(short + max(longer - short, 0) / (many - few) * (steps - few), memory)
+
+
+def _share_of_the_way(arguments: Mapping[str, Any]) -> float:
+    """How much of the way from noise to image a call with these arguments denoises."""
+    strength, begin, end = (arguments.get(name) for name in ("strength", "denoising_start", "denoising_end"))
+    if not _is_number(begin):
+        begin = 1 - strength if _is_number(strength) else 0
+    share = (end if _is_number(end) else 1) - begin
+    return share if 0 < share <= 1 else 1.0  # what cannot be is the pipeline's to refuse
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -227,7 +243,7 @@ class Measurements:
         found = self._read().get(key)
         if not isinstance(found, dict) or found.keys() != {"latency_ms", "memory"}:
             return None
-        return CallCost(**found) if all(map(_is_number, found.values())) else None
+        return CallCost(**found) if all(_is_number(value) and value > 0 for value in found.values()) else None
 
     def put(self, key: str, cost: CallCost) -> None:
         """Remembers what was measured; where nothing can be written, a warning says so."""
@@ -236,13 +252,16 @@ class Measurements:
             text = json.dumps({**self._read(), key: asdict(cost)}, indent=1)
             with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False, encoding="utf-8") as unfinished:
                 unfinished.write(text)
-            os.replace(unfinished.name, self.file)
+            try:
+                os.replace(unfinished.name, self.file)
+            finally:
+                Path(unfinished.name).unlink(missing_ok=True)
         except OSError as error:
             logger.warning(f"what was measured is not remembered: {error}")
 
     def _read(self) -> dict[str, Any]:
         try:
-            values = json.loads(self.file.read_text(encoding="utf-8"))
+            values = read_json(self.file)
         except (OSError, ValueError):
             return {}
         return values if isinstance(values, dict) else {}
@@ -264,8 +283,17 @@ def key_of(pipeline: Any, call: Mapping[str, Any]) -> str:
 def _part(part: Any) -> Any:
     if not isinstance(part, torch.nn.Module):
         return type(part).__name__
-    shapes = [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in part.named_parameters()]
-    return [type(part).__name__, hashlib.sha256(json.dumps(shapes).encode()).hexdigest()]
+    weights = [
+        [name, list(tensor.shape), str(tensor.dtype), type(tensor).__name__] for name, tensor in part.named_parameters()
+    ]
+    # What changes a call's time and memory at the same weights: tiling and slicing, attention processors, offloading.
+    settings = {name: value for name, value in vars(part).items() if isinstance(value, (bool, int, float))}
+    added = [
+        type(each).__name__
+        for module in part.modules()
+        for each in (vars(module).get("processor"), vars(module).get("_hf_hook"), *hooks_of(module))
+    ]
+    return [type(part).__name__, hashlib.sha256(json.dumps([weights, settings, added]).encode()).hexdigest()]
 
 
 def remembered_cost(

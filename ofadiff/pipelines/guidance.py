@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from ofadiff.diffusers_hooks import are_cached
+from ofadiff.diffusers_hooks import are_cached, is_deep_cached
 from ofadiff.pipelines.guidance_table import HALVES, Halves
 from ofadiff.pipelines.halves import Arguments, are_twins, combined, halves_of, in_halves, same, shapes, together
 from ofadiff.pipelines.steps import step_reader
@@ -35,7 +35,7 @@ class GuidedCalls(ABC):
     Args:
         supernet: The denoiser.
         name: What the pipeline calls it.
-        size: Size of the conditional half.
+        size: Size of the conditional half; None is the one that is set, which a callback may change.
         guidance_size: Size of the unconditional one.
         read: What tells the step of a call, where one of the sizes is a schedule.
     """
@@ -44,7 +44,7 @@ class GuidedCalls(ABC):
         self,
         supernet: Supernet,
         name: str,
-        size: SizeSchedule,
+        size: SizeSchedule | None,
         guidance_size: SizeSchedule,
         read: Callable[[tuple, dict[str, Any]], tuple[int, int]] | None,
     ) -> None:
@@ -52,14 +52,20 @@ class GuidedCalls(ABC):
         self.size, self.guidance_size, self.read = size, guidance_size, read
         self.latents_name = parameters_of(supernet.model)[0]
 
-    @abstractmethod
     def __call__(self, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What one call of the denoiser gives; `call` is a forward."""
-
-    def sizes(self, arguments: Arguments) -> tuple[float, float]:
-        """Both sizes of a call."""
+        """What one call of the denoiser gives, which is left at its own size; `call` is a forward."""
+        arguments = args, kwargs
         step, steps = (0, 1) if self.read is None else self.read(*arguments)
-        return self.size.at(step, steps), self.guidance_size.at(step, steps)
+        size = self.supernet.size if self.size is None else self.size.at(step, steps)
+        try:
+            return self.answer(call, arguments, size, self.guidance_size.at(step, steps))
+        finally:
+            if self.supernet.size != size:
+                self.supernet.set_size(size)
+
+    @abstractmethod
+    def answer(self, call: Callable[..., Any], arguments: Arguments, size: float, guidance_size: float) -> Any:
+        """The same, at the sizes of its step."""
 
     def latents(self, arguments: Arguments) -> Any:
         """The first argument of a denoiser: a tensor `(N, …)`, or a list of N."""
@@ -84,27 +90,24 @@ class HalvesOfBatches(GuidedCalls):
         super().__init__(*args)
         self._make_up = make_up(self.supernet.model)
         self._ways = WAYS.setdefault(self.supernet.model, {})
+        self._rows = 0  # of a batch of both halves
 
-    def __call__(self, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        arguments = args, kwargs
-        size, guidance_size = self.sizes(arguments)
+    def answer(self, call: Callable[..., Any], arguments: Arguments, size: float, guidance_size: float) -> Any:
         latents = self.latents(arguments)
+        if self._rows == 2 * len(latents):  # the pipeline guides some steps only: this is the conditional half alone
+            return self.at(size, call, arguments)
         if not are_twins(latents):
             raise ValueError(
                 f"guidance_size is given, but the {self.name} is called with {len(latents)} samples that are not twice "
                 "the same latents, as classifier-free guidance has them; guidance_scale must be above 1"
             )
+        self._rows = len(latents)
         if size == guidance_size:
             return self.at(size, call, arguments)
         multiples = self._way(call, arguments, size, len(latents))
         order = (guidance_size, size) if self.unconditional_first else (size, guidance_size)
-        outputs = [
-            self.at(each, call, half)
-            for each, half in zip(order, halves_of(arguments, len(latents), multiples), strict=True)
-        ]
-        if self.supernet.size != size:
-            self.supernet.set_size(size)
-        return together(*outputs)
+        halves = halves_of(arguments, len(latents), multiples)
+        return together(*[self.at(each, call, half) for each, half in zip(order, halves, strict=True)])
 
     def _way(self, call: Callable[..., Any], arguments: Arguments, size: float, rows: int) -> bool:
         kind = self._make_up, shapes(arguments)
@@ -138,18 +141,12 @@ class CallsInTurn(GuidedCalls):
         self._first: Any = None
         self._calls = self._pairs = 0
 
-    def __call__(self, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        arguments = args, kwargs
-        size, guidance_size = self.sizes(arguments)
+    def answer(self, call: Callable[..., Any], arguments: Arguments, size: float, guidance_size: float) -> Any:
         latents = self.latents(arguments)
         self._calls += 1
         if self._first is not None and same(self._first, latents):
             self._first, self._pairs = None, self._pairs + 1
-            try:
-                return self.at(guidance_size, call, arguments)
-            finally:
-                if self.supernet.size != size:
-                    self.supernet.set_size(size)
+            return self.at(guidance_size, call, arguments)
         if self._calls > 1:
             self.finish()
         self._first = latents
@@ -175,12 +172,10 @@ class Autoguidance(GuidedCalls):
         super().__init__(*args)
         self.scale = scale
 
-    def __call__(self, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        arguments = args, kwargs
-        size, bad_size = self.sizes(arguments)
-        if size == bad_size:
+    def answer(self, call: Callable[..., Any], arguments: Arguments, size: float, guidance_size: float) -> Any:
+        if size == guidance_size:
             return self.at(size, call, arguments)
-        bad = self.at(bad_size, call, arguments)
+        bad = self.at(guidance_size, call, arguments)
         good = self.at(size, call, arguments)
         return combined(lambda one, other: self._guided(one, other, self.latents(arguments)), bad, good)
 
@@ -211,6 +206,8 @@ def check_guidance(pipeline_class: type, parameters: Mapping[str, inspect.Parame
         given: What it is called with, by name.
     """
     scale, name = given.get("autoguidance_scale"), pipeline_class.__name__
+    own = next((each for each in SCALES if each in parameters), None)
+    own_scale = None if own is None else given.get(own, parameters[own].default)
     if scale is None:
         if name not in HALVES:
             raise ValueError(
@@ -218,29 +215,29 @@ def check_guidance(pipeline_class: type, parameters: Mapping[str, inspect.Parame
                 "ofadiff.pipelines.guidance_table.HALVES must have an entry for it that says so, or give "
                 "autoguidance_scale, which needs no halves"
             )
+        if _is_number(own_scale) and own_scale <= 1:
+            raise ValueError(f"guidance_size is given, but {own} is {own_scale:g}; it must be above 1")
         return
     if given.get("guidance_size") is None:
         raise ValueError("autoguidance_scale is given, but no guidance_size, which says what the bad model is")
-    real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if not (real and math.isfinite(scale) and scale >= 1):
+    if not (_is_number(scale) and not isinstance(scale, bool) and math.isfinite(scale) and scale >= 1):
         raise ValueError(f"autoguidance_scale is {scale!r}; it must be a number from 1 on")
-    own = next((each for each in SCALES if each in parameters), None)
-    if name in HALVES and own is not None and own not in given and _is_above_1(parameters[own].default):
+    if name in HALVES and own not in given and _is_number(own_scale) and own_scale > 1:
         raise ValueError(
-            f"autoguidance_scale is given, and a {name}'s own {own} is {parameters[own].default} by default: say "
+            f"autoguidance_scale is given, and a {name}'s own {own} is {own_scale} by default: say "
             f"{own} as well; with 1.0 there is no unconditional half, above it both kinds of guidance act"
         )
 
 
-def _is_above_1(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value > 1
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 @contextmanager
 def guided(
     pipeline: Any,
     denoisers: Mapping[str, nn.Module],
-    size: SizeSchedule,
+    size: SizeSchedule | None,
     guidance_size: SizeSchedule,
     autoguidance_scale: float | None = None,
 ) -> Iterator[None]:
@@ -249,16 +246,15 @@ def guided(
     Args:
         pipeline: Of a class in `HALVES`, unless `autoguidance_scale` is given.
         denoisers: Its components that are supernets, as it calls them.
-        size: Of the conditional half, over the steps.
+        size: Of the conditional half, over the steps; None is the size that is set.
         guidance_size: Of the unconditional half, or of the bad model.
         autoguidance_scale: w of autoguidance; by default the halves of classifier-free guidance are told apart.
 
     Raises:
         ValueError: If a denoiser was replaced by what `torch.compile` returns, caches earlier steps, or a schedule
-            cannot be followed; in a
-            forward, and at the end of the block, if there is no classifier-free guidance.
+            cannot be followed; in a forward, and at the end of the block, if there is no classifier-free guidance.
     """
-    steady = len({*size}) == len({*guidance_size}) == 1
+    steady = len({*(size or guidance_size)}) == len({*guidance_size}) == 1
     with ExitStack() as stack:
         kinds: list[GuidedCalls] = []
         for name, denoiser in denoisers.items():
@@ -268,6 +264,11 @@ def guided(
                     f"place, pipeline.{name}.compile()"
                 )
             supernet = Supernet.of(denoiser)
+            if is_deep_cached(supernet.model):
+                raise ValueError(
+                    f"the {name} has DeepCache, which would give one half of guidance the other one's features; call "
+                    "its helper's disable()"
+                )
             if are_cached(supernet.model.modules()):
                 raise ValueError(
                     f"the {name} has a cache of earlier steps, and with guidance_size no two forwards in a row are of "

@@ -115,7 +115,7 @@ class OFAPipeline:
         directory = local_folder(pretrained_model_name_or_path, kwargs)
         if size == "fit":
             return cls._largest_that_fits(directory, kwargs)
-        for argument in ("latency_ms", "call", "device"):
+        for argument in ("latency_ms", "max_memory", "call", "device"):
             if argument in kwargs:
                 raise ValueError(f"{argument} is given, but size is {size!r}; it is for size='fit'")
         names = find_denoisers(directory)
@@ -296,7 +296,7 @@ class OFAPipeline:
                 stack.enter_context(cut_once(2 if guiding else 1))
             denoisers = {name: self.components[name] for name in supernets}  # type: ignore[attr-defined]
             if guiding:
-                sizes = SizeSchedule(chosen or [self.size])
+                sizes = SizeSchedule(chosen) if chosen else None
                 stack.enter_context(guided(self, denoisers, sizes, SizeSchedule(guiding), autoguidance_scale))
             elif schedule is not None:
                 stack.enter_context(following(self, denoisers, schedule))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -35,22 +36,35 @@ class _Steps:
 
     Attributes:
         count: Steps of the scheduler.
-        forwards: How often the denoisers are called in each; none of those that an image-to-image call leaves out.
-        costs: Of one forward, for every size, as a share of the largest size's.
+        forwards: Step and denoiser of every forward; an image-to-image call leaves steps out.
+        of_forward: What one forward of each denoiser costs, for every size.
+        visited: Steps that have forwards.
+        spent: What the forwards of each of these cost, for every size.
+        largest: What the call costs at the largest size.
+        costs: The same at every size, as a share of that.
     """
 
     count: int
-    forwards: list[int]
-    costs: dict[float, float]
+    forwards: Sequence[tuple[int, str]]
+    of_forward: Mapping[str, Mapping[float, float]]
     visited: list[int] = field(init=False)
+    spent: dict[int, dict[float, float]] = field(init=False)
+    largest: float = field(init=False)
+    costs: dict[float, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.visited = [step for step, forwards in enumerate(self.forwards) if forwards]
+        sizes = sorted({size for costs in self.of_forward.values() for size in costs})
+        self.visited = sorted({step for step, _ in self.forwards})
+        self.spent = {
+            step: {size: sum(self.of_forward[name][size] for at, name in self.forwards if at == step) for size in sizes}
+            for step in self.visited
+        }
+        self.largest = sum(spent[sizes[-1]] for spent in self.spent.values())
+        self.costs = {size: self.cost([size] * self.count) for size in sizes}
 
     def cost(self, sizes: Sequence[float]) -> float:
-        """Mean cost of the forwards of a schedule, as a share of the largest size's."""
-        spent = sum(self.forwards[step] * self.costs[sizes[step]] for step in self.visited)
-        return spent / sum(self.forwards)
+        """What a schedule costs, as a share of the largest size."""
+        return sum(self.spent[step][sizes[step]] for step in self.visited) / self.largest
 
 
 def find_schedule(
@@ -92,7 +106,7 @@ def find_schedule(
 
     Raises:
         ValueError: If the budget is less than the smallest size costs, a call or the unit cannot be, the pipeline has
-            one size alone, or MACs were not counted.
+            one size alone, MACs were not counted, or images are not finite.
 
     Example:
         >>> pipeline = OFAPipeline.from_pretrained("ofa")
@@ -101,6 +115,7 @@ def find_schedule(
         >>> images = pipeline(size="fast", num_inference_steps=3).images
     """
     _check_asked(pipeline, budget, unit)
+    budget = float(budget)
     steps_of_all = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
     shared = {**(arguments or {}), **steps_of_all}
     checked = [opened(call) for call in check_calls(pipeline._stock_class, calls, shared)]
@@ -112,7 +127,7 @@ def find_schedule(
     with without_bar(pipeline), bar:
         sizes = pipeline.sizes
         steps = search.measure_steps(unit)
-        asked, made = budget, sum(steps.forwards)
+        asked, made = budget, len(steps.forwards)
         if unit == "evaluations":
             if budget > made:
                 raise ValueError(f"budget is {budget:g} evaluations, and a call has {made}; give at most that")
@@ -136,25 +151,33 @@ def _check_asked(pipeline: OFAPipeline, budget: float, unit: str) -> None:
     """Raises ValueError if there can be no schedule of such a budget."""
     if unit not in UNITS:
         raise ValueError(f"unit is {unit!r}; it must be 'macs', 'latency' or 'evaluations'")
-    if unit == "evaluations" and not (budget > 0 and math.isfinite(budget)):
-        raise ValueError(f"budget is {budget}; it must be a number of evaluations above 0")
-    if unit != "evaluations" and not 0 < budget <= 1:
-        raise ValueError(f"budget is {budget}; it must be above 0 and at most 1, a share of the largest size's cost")
+    number = isinstance(budget, Real) and not isinstance(budget, bool) and math.isfinite(budget)
+    if unit == "evaluations" and not (number and budget > 0):
+        raise ValueError(f"budget is {budget!r}; it must be a number of evaluations above 0")
+    if unit != "evaluations" and not (number and 0 < budget <= 1):
+        raise ValueError(f"budget is {budget!r}; it must be above 0 and at most 1, a share of the largest size's cost")
+    if not isinstance(pipeline, OFAPipeline):
+        raise ValueError(
+            f"this {type(pipeline).__name__} has no sizes; pass what OFAPipeline.from_pretrained returned without size="
+        )
     if not pipeline.supernets or len(pipeline.sizes) < 2:
         raise ValueError("the pipeline has one size alone, of which there is no schedule; load it without size=")
     if unit == "macs":
-        _check_budget(_shares_of_macs(pipeline), budget)
+        shares = [{size: own / max(macs.values()) for size, own in macs.items()} for macs in _macs(pipeline).values()]
+        _check_budget({size: min(share[size] for share in shares) for size in pipeline.sizes}, budget)
 
 
-def _shares_of_macs(pipeline: OFAPipeline) -> dict[float, float]:
-    """What each size costs, as a share of the largest; of several denoisers together."""
-    macs: dict[float, int] = dict.fromkeys(pipeline.sizes, 0)
-    for supernet in pipeline.supernets.values():
-        for subnet in supernet.subnets:
-            if subnet.macs is None:
+def _macs(pipeline: OFAPipeline) -> dict[str, dict[float, float]]:
+    """MACs of a forward of each denoiser at each size."""
+    macs: dict[str, dict[float, float]] = {}
+    for name, supernet in pipeline.supernets.items():
+        macs[name] = {}
+        for size in pipeline.sizes:
+            counted = supernet.subnets.find(size).macs
+            if counted is None:
                 raise ValueError("the MACs of these sizes were not counted; give unit='latency'")
-            macs[subnet.size] += subnet.macs
-    return {size: own / macs[pipeline.sizes[-1]] for size, own in macs.items()}
+            macs[name][size] = counted
+    return macs
 
 
 def _check_budget(costs: Mapping[float, float], budget: float) -> None:
@@ -201,7 +224,13 @@ class _Search:
                 self.expected = self.sample(self.pipeline.sizes[-1])
             images = self.sample(SizeSchedule(sizes))
             pairs = zip(images, self.expected, strict=True)
-            self.known[key] = statistics.fmean(float(np.square(one - other).mean()) for one, other in pairs)
+            distance = statistics.fmean(float(np.square(one - other).mean()) for one, other in pairs)
+            if not math.isfinite(distance):
+                raise ValueError(
+                    f"the images of {SizeSchedule(sizes)} or of the largest size have values that are not finite, so "
+                    "they cannot be compared; check the model and its dtype"
+                )
+            self.known[key] = distance
         return self.known[key]
 
     def measure_steps(self, unit: str) -> _Steps:
@@ -209,28 +238,27 @@ class _Search:
         pipeline = self.pipeline
         with _watched(pipeline) as seen:
             self.sample(pipeline.sizes[-1], calls=1)
-        if not seen.steps:
+        if not seen.forwards:
             raise ValueError(f"the {type(pipeline).__name__} never called its denoiser, so it has no steps")
-        forwards = [seen.steps.count(step) for step in range(seen.count)]
-        costs = self._latencies() if unit == "latency" else _shares_of_macs(pipeline)
-        return _Steps(seen.count, forwards, costs)
+        return _Steps(seen.count, seen.forwards, self._latencies() if unit == "latency" else _macs(pipeline))
 
-    def _latencies(self) -> dict[float, float]:
-        """Seconds of a forward at each size, as shares of the largest's: the median of two calls, sizes in turn."""
-        seconds: dict[float, list[float]] = {size: [] for size in self.pipeline.sizes}
+    def _latencies(self) -> dict[str, dict[float, float]]:
+        """Seconds of a forward of each denoiser at each size: the median of two calls, sizes in turn."""
+        seconds: dict[str, dict[float, list[float]]] = {}
         for size in (*self.pipeline.sizes, *self.pipeline.sizes):
             with _watched(self.pipeline) as seen:
                 self.sample(size, calls=1)
-            seconds[size] += seen.seconds[1:] or seen.seconds
-        largest = statistics.median(seconds[self.pipeline.sizes[-1]])
-        return {size: statistics.median(own) / largest for size, own in seconds.items()}
+            for name in {called for _, called in seen.forwards}:
+                own = [took for (_, called), took in zip(seen.forwards, seen.seconds, strict=True) if called == name]
+                seconds.setdefault(name, {}).setdefault(size, []).extend(own[1:] or own)
+        return {name: {size: statistics.median(own) for size, own in sizes.items()} for name, sizes in seconds.items()}
 
 
 class _Seen:
-    """Steps and seconds of the forwards of a call."""
+    """Step, denoiser and seconds of the forwards of a call."""
 
     def __init__(self) -> None:
-        self.steps: list[int] = []
+        self.forwards: list[tuple[int, str]] = []
         self.seconds: list[float] = []
         self.count, self.began = 0, 0.0
 
@@ -249,9 +277,9 @@ def _watched(pipeline: Any) -> Iterator[_Seen]:
         denoiser = pipeline.components[name]
         read = step_reader(pipeline, name)
 
-        def begin(module: Any, args: tuple, kwargs: dict[str, Any], read: Any = read) -> None:
+        def begin(module: Any, args: tuple, kwargs: dict[str, Any], read: Any = read, name: str = name) -> None:
             step, seen.count = read(args, kwargs)
-            seen.steps.append(step)
+            seen.forwards.append((step, name))
             synchronize(pipeline._execution_device)
             seen.began = time.perf_counter()
 
@@ -293,8 +321,8 @@ def _candidates(errors: Mapping[tuple[int, float], float], steps: _Steps, budget
         }
         chosen = best_sizes(
             [{**{size: smooth[step, size] for size in sizes[:-1]}, sizes[-1]: 0.0} for step in steps.visited],
-            [{size: steps.forwards[step] * steps.costs[size] for size in sizes} for step in steps.visited],
-            budget * sum(steps.forwards),
+            [steps.spent[step] for step in steps.visited],
+            budget * steps.largest,
         )
         yield _filled(steps, chosen)
 

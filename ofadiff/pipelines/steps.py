@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
 from torch import Tensor, nn
 
+from ofadiff.diffusers_hooks import is_deep_cached
 from ofadiff.recordings.recorded_call import parameters_of, time_argument
 from ofadiff.size_schedule import SizeSchedule
 from ofadiff.supernet import Supernet
@@ -153,13 +154,19 @@ def following(pipeline: Any, denoisers: Mapping[str, nn.Module], schedule: SizeS
         schedule: Of sizes that they all have.
 
     Raises:
-        ValueError: If the pipeline has no scheduler, or a denoiser has no timestep; in a forward, if its timestep is
-            none of the scheduler's.
+        ValueError: If the pipeline has no scheduler, or a denoiser has no timestep or is to change its size under
+            DeepCache; in a forward, if its timestep is none of the scheduler's.
     """
     handles = []
     try:
         for name, denoiser in denoisers.items():
-            follower = _follower(step_reader(pipeline, name), Supernet.of(denoiser), schedule)
+            supernet = Supernet.of(denoiser)
+            if is_deep_cached(supernet.model) and len({*schedule}) > 1:
+                raise ValueError(
+                    f"the {name} has DeepCache, which would mix the features of one size into another's steps; give "
+                    "one size, or call its helper's disable()"
+                )
+            follower = _follower(step_reader(pipeline, name), supernet, schedule)
             handles.append(denoiser.register_forward_pre_hook(follower, with_kwargs=True))
         yield
     finally:
@@ -170,9 +177,12 @@ def following(pipeline: Any, denoisers: Mapping[str, nn.Module], schedule: SizeS
 def _follower(
     read: Callable[[tuple, dict[str, Any]], tuple[int, int]], supernet: Supernet, schedule: SizeSchedule
 ) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
-    """Sets a supernet's size before each of its forwards."""
+    """Sets a supernet's size before each of its forwards, but those of calls inside of this one, as in callbacks."""
+    user = supernet.user
 
     def follow(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if supernet.user is not user:
+            return
         step, steps = read(args, kwargs)
         size = schedule.at(step, steps)
         if supernet.size != size:

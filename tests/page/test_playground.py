@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_supernet, plain_unet
-from diffusers import DDPMPipeline, DDPMScheduler, DiTPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, DiTPipeline, HeunDiscreteScheduler, KDPM2DiscreteScheduler
 from recipes.test_compress_dit import make_transformer
 from tiny_pipelines import load
 from tiny_stable_diffusion import make_scheduler, make_vae
@@ -100,6 +100,17 @@ def test_costs_are_those_of_what_is_drawn(playground):
     assert small.macs_share == pytest.approx(count_macs(unet) / count_macs(full)) and large.macs_share == 1
     assert mixed.macs_share == pytest.approx((1 + 3 * small.macs_share) / 4)
     assert mixed.params == large.params  # in one of its steps it needs them all
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, KDPM2DiscreteScheduler])
+def test_costs_of_a_schedule_are_those_of_the_forwards_made(text_to_image, scheduler):
+    pipeline = load(text_to_image)
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    table, made = pipeline.subnets, []
+    pipeline.unet.conv_in.register_forward_hook(lambda *call: made.append(table.find(pipeline.size).macs))
+    costs = Playground(pipeline).draw(LETTERS, "schedule fast").costs
+    assert len(made) == 7 and costs.macs_share == pytest.approx(np.mean(made) / table.full_macs)
 
 
 def test_users_at_once_do_not_mix_sizes(playground):

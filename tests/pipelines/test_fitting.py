@@ -4,11 +4,13 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_supernet, make_unet
-from diffusers import DDPMPipeline, DDPMScheduler
-from tiny_pipelines import load, make_checkpoint
+from diffusers import AutoPipelineForImage2Image, DDPMPipeline, DDPMScheduler
+from diffusers.models.attention_processor import AttnProcessor
+from tiny_pipelines import PICTURE, load, make_checkpoint
 
 from ofadiff import OFAPipeline
 from ofadiff.pipelines import fitting
@@ -78,15 +80,30 @@ def test_what_was_measured_is_remembered(folder, home, monkeypatch):
     pipeline.to(torch.bfloat16)
     pipeline.size_for(latency_ms=250, call=CALL)
     assert len(measured) == 5
+    # What takes another time or memory with the same weights.
+    for change in (pipeline.vae.enable_tiling, lambda: pipeline.vae.set_attn_processor(AttnProcessor())):
+        change()
+        before = len(measured)
+        for _ in range(2):
+            pipeline.size_for(latency_ms=250, call=CALL)
+        assert len(measured) == before + 1
     for broken in (
         "{",
         "[]",
-        json.dumps({key: {"latency_ms": "x", "memory": 1} for key in json.loads(home.read_text())}),
+        "[" * 100_000,
+        *(
+            json.dumps({key: {"latency_ms": milliseconds, "memory": memory} for key in json.loads(home.read_text())})
+            for milliseconds, memory in (("x", 1), (float("nan"), 1), (float("inf"), 1), (1.0, -5), (0, 1))
+        ),
     ):
         home.write_text(broken)
         before = len(measured)
         assert pipeline.size_for(latency_ms=250, call=CALL) == LARGE and len(measured) == before + 1
     home.unlink()
+    home.mkdir()
+    assert pipeline.size_for(latency_ms=250, call=CALL) == LARGE
+    assert [*home.parent.iterdir()] == [home]  # nothing unfinished stays
+    home.rmdir()
     home.parent.rmdir()
     home.parent.write_text("a file in the way")
     assert pipeline.size_for(latency_ms=250, call=CALL) == LARGE
@@ -104,6 +121,28 @@ def test_a_long_call_is_timed_by_some_of_its_steps(folder, monkeypatch):
     made.clear()
     assert cost_of_call(pipeline, {**CALL, "num_inference_steps": 3}).latency_ms == 5.0 + 10.0 * 3
     assert [call["num_inference_steps"] for call in made] == [3]
+    # Of image-to-image a share of the steps is left.
+    pipeline = OFAPipeline.from_pipe(pipeline, AutoPipelineForImage2Image)
+    made.clear()
+    steps = lambda: made[-1]["num_inference_steps"] * 0.25  # noqa: E731
+    call = {**CALL, "image": PICTURE, "strength": 0.25, "num_inference_steps": 80}
+    assert cost_of_call(pipeline, call).latency_ms == pytest.approx(5.0 + 10.0 * 20)
+    assert [call["num_inference_steps"] for call in made] == [8, 24]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "share"),
+    [
+        ({}, 1),
+        ({"strength": None, "denoising_start": None, "denoising_end": 0.75}, 0.75),
+        ({"strength": 0.5, "denoising_start": None, "denoising_end": None}, 0.5),
+        ({"strength": 0.25, "denoising_start": 0.5, "denoising_end": 1.0}, 0.5),
+        ({"strength": 0}, 1),
+        ({"strength": "much"}, 1),
+    ],
+)
+def test_how_much_of_the_way_a_call_denoises(arguments, share):
+    assert fitting._share_of_the_way(arguments) == share
 
 
 def test_models_of_pixels_and_classes_need_no_call(tmp_path):
@@ -141,6 +180,9 @@ def test_the_largest_that_fits_both_budgets_is_chosen():
         ({"memory": "6 parsecs"}, r"memory is '6 parsecs'"),
         ({"memory": "512mb"}, r"memory is '512mb'"),  # bits, to some
         ({"memory": True}, r"memory is True"),
+        ({"memory": float("nan")}, r"memory is nan"),
+        ({"memory": "0.1.2GB"}, r"memory is '0\.1\.2GB'"),
+        ({"memory": "0GB"}, r"memory is '0GB'"),
         ({"memory": "6GB", "call": {"prompts": "a"}}, r"call 1 has the argument 'prompts', which .* does not take"),
     ],
 )
@@ -150,13 +192,23 @@ def test_a_bad_budget_is_one_sentence(folder, arguments, message):
 
 
 def test_what_belongs_to_fitting_is_refused_without_it_and_a_bad_call_before_loading(folder, monkeypatch):
-    with pytest.raises(ValueError, match=r"latency_ms is given, but size is 0\.6; it is for size='fit'"):
-        load(folder, size=SMALL, latency_ms=3)
+    for given in ({"latency_ms": 3}, {"max_memory": "6GB"}):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} is given, but size is 0\\.6; it is for size='fit'"):
+            load(folder, size=SMALL, **given)
     monkeypatch.setattr(OFAPipeline, "to", lambda *args: pytest.fail("it was loaded"), raising=False)
     with pytest.raises(ValueError, match=r"call 1 has the argument 'promt'"):
         load(folder, size="fit", max_memory="6GB", call={"promt": "a"}, device="cpu")
     with pytest.raises(ValueError, match=r"max_memory is '6'"):
         load(folder, size="fit", max_memory="6", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [("6GB", 6e9), (" 1.5 GiB", 1.5 * 2**30), ("2TB", 2e12), ("500KB", 5e5), (6e9, 6e9), (np.int64(7), 7)],
+)
+def test_memory_may_be_said_in_several_ways(memory, expected):
+    found = Budget.of(None, memory).memory
+    assert found == expected and type(found) is int
 
 
 def test_memory_in_words_is_rounded_up():

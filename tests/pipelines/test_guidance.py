@@ -211,11 +211,8 @@ def test_models_without_guidance_of_their_own_have_autoguidance(tmp_path):
     ("arguments", "message"),
     [
         ({"guidance_size": 0.3}, r"size is 0\.3; it must be one of 0\.6, 1"),
-        ({"guidance_size": SMALL, "guidance_scale": 1.0}, r"called with 1 samples that are not twice"),
-        (
-            {"guidance_size": SMALL, "guidance_scale": 1.0, "prompt": ["a", "b"]},
-            r"called with 2 samples that are not twice .* guidance_scale must be above 1",
-        ),
+        ({"guidance_size": SMALL, "guidance_scale": 1.0}, r"but guidance_scale is 1; it must be above 1"),
+        ({"guidance_size": SMALL, "guidance_scale": 0, "prompt": ["a", "b"]}, r"but guidance_scale is 0; it must be"),
         ({"autoguidance_scale": 2.0}, r"but no guidance_size, which says what the bad model is"),
         (
             {"guidance_size": SMALL, "autoguidance_scale": 0.5, "guidance_scale": 1.0},
@@ -236,6 +233,53 @@ def test_what_cannot_guide_is_one_error(pipeline, arguments, message):
         image(pipeline, **{"size": LARGE, **arguments})
     assert pipeline.size == LARGE
     image(pipeline)  # and the next call is as usual
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_pipeline_that_does_without_guidance_is_noticed(pipeline, rows, monkeypatch):
+    monkeypatch.setattr(type(pipeline), "do_classifier_free_guidance", False)
+    with pytest.raises(ValueError, match=f"called with {rows} samples that are not twice .* must be above 1"):
+        image(pipeline, size=LARGE, guidance_size=SMALL, num_images_per_prompt=rows)
+
+
+def test_guidance_may_end_on_the_way(pipeline):
+    def end(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 0.0
+        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]} if step == 0 else {}
+
+    # Two samples of one noise: without guidance, too, the halves of the batch have the same latents.
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    for several in ({}, {"prompt": ["a", "a"], "latents": latents}):
+        call = {
+            "num_inference_steps": 3,
+            "callback_on_step_end": end,
+            "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+            **several,
+        }
+        count = 2 if several else 1
+        seen = forwards(pipeline, size=LARGE, guidance_size=SMALL, **call)
+        assert seen[-4:] == [(SMALL, count), (LARGE, count), (LARGE, count), (LARGE, count)]
+    assert np.array_equal(image(pipeline, guidance_size=LARGE, **call), image(pipeline, **call))
+
+
+def test_without_a_size_the_one_that_is_set_counts_and_an_error_leaves_it(pipeline):
+    def shrink(pipe, step, timestep, tensors):
+        pipe.set_size(SMALL)
+        return tensors
+
+    seen = forwards(pipeline, guidance_size=SMALL, num_inference_steps=2, callback_on_step_end=shrink)
+    assert seen[-3:] == [(SMALL, 1), (LARGE, 1), (SMALL, 2)] and pipeline.size == SMALL
+    pipeline.set_size(LARGE)
+
+    def fail(*call):
+        if pipeline.size == SMALL:
+            raise KeyboardInterrupt
+
+    pipeline.unet.conv_in.register_forward_hook(fail)
+    for arguments in ({}, {"autoguidance_scale": 2.0, "guidance_scale": 1.0}):
+        with pytest.raises(KeyboardInterrupt):
+            image(pipeline, guidance_size=SMALL, **arguments)
+        assert pipeline.size == LARGE
 
 
 def test_pipelines_that_it_cannot_work_in_are_refused(pipeline, folder):

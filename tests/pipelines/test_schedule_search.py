@@ -144,9 +144,20 @@ def test_steps_that_image_to_image_leaves_out_cost_nothing(tmp_path):
     assert len(schedule) == 4 and schedule.measured["cost"] <= 0.8
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_images_that_are_not_finite_are_said_to_be(pipeline):
+    pipeline.unet.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"the images of SizeSchedule\(.*\) or of the largest size have values that"):
+        search(pipeline, 0.8)
+
+
 def test_steps_with_more_forwards_weigh_more():
-    steps = _Steps(3, [0, 2, 1], {0.5: 0.5, 1.0: 1.0})
+    steps = _Steps(3, [(1, "unet"), (1, "unet"), (2, "unet")], {"unet": {0.5: 5, 1.0: 10}})
     assert steps.visited == [1, 2] and steps.cost([1.0, 0.5, 1.0]) == pytest.approx(2 / 3)
+    # Of two denoisers each costs what it costs itself.
+    both = _Steps(2, [(0, "one"), (1, "other")], {"one": {0.5: 6, 1.0: 10}, "other": {0.5: 8, 1.0: 30}})
+    assert [both.cost(sizes) for sizes in ([0.5, 1.0], [1.0, 0.5])] == [36 / 40, 18 / 40]
+    assert both.costs == {0.5: 14 / 40, 1.0: 1.0}
 
 
 def test_bad_input_is_one_sentence_before_anything_is_sampled(pipeline, folder, monkeypatch):
@@ -155,6 +166,10 @@ def test_bad_input_is_one_sentence_before_anything_is_sampled(pipeline, folder, 
     for budget, options, message in [
         (0, {}, "budget is 0; it must be above 0"),
         (1.2, {}, r"budget is 1\.2"),
+        (True, {}, "budget is True"),
+        ("0.6", {}, r"budget is '0\.6'; it must be above 0"),
+        (float("nan"), {}, "budget is nan"),
+        (None, {"unit": "evaluations"}, "budget is None; it must be a number of evaluations"),
         (0.1, {}, r"budget is 0\.1, and the cheapest size, 0\.6, costs"),
         (0, {"unit": "evaluations"}, "budget is 0; it must be a number of evaluations above 0"),
         (0.8, {"unit": "watts"}, "unit is 'watts'"),
@@ -166,5 +181,8 @@ def test_bad_input_is_one_sentence_before_anything_is_sampled(pipeline, folder, 
         find_schedule(pipeline, [{"size": 0.6}], 0.8)
     with pytest.raises(ValueError, match="one size alone"):
         search(one, 0.8)
+    for other in (pipeline.extract(0.6), DDPMPipeline.from_pretrained(folder)):
+        with pytest.raises(ValueError, match="this DDPMPipeline has no sizes; pass what OFAPipeline"):
+            search(other, 0.8)
     with pytest.raises(ValueError, match="call 1 has a generator"):
         find_schedule(pipeline, [{"generator": torch.Generator()}], 0.8)

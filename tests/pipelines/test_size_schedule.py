@@ -108,6 +108,27 @@ def test_controlnets_loras_and_callbacks_work_with_it(pipeline, tmp_path):
     )
 
 
+@pytest.mark.parametrize("outer", [{"size": SizeSchedule([LARGE])}, {"size": LARGE, "guidance_size": SMALL}])
+def test_a_call_inside_of_a_call_has_its_own_size(pipeline, outer):
+    other = OFAPipeline.from_pipe(
+        pipeline, AutoPipelineForText2Image, scheduler=DDIMScheduler.from_config(pipeline.scheduler.config)
+    )
+    alone = image(other, size=SMALL)
+    inner = []
+
+    def look(pipe, step, timestep, tensors):
+        seen, inside = sizes_of(other, size=SMALL)
+        with pipe.supernet.at(SMALL) as unet:
+            unet(torch.zeros(1, 4, 8, 8), 999, torch.zeros(1, 12, 16))
+            seen.append(pipe.supernet.size)
+        inner.append((seen, np.array_equal(inside, alone)))
+        return tensors
+
+    expected = image(pipeline, **outer)
+    assert np.array_equal(image(pipeline, callback_on_step_end=look, **outer), expected)
+    assert inner == [([SMALL] * 3, True)] * 2 and pipeline.size == LARGE
+
+
 def test_a_compiled_denoiser_follows_it(pipeline):
     schedule = SizeSchedule([SMALL, LARGE])
     expected = image(pipeline, size=schedule)
@@ -128,13 +149,28 @@ def test_a_class_conditional_pixel_model_follows_it(tmp_path):
 
 
 def test_bad_schedules_are_one_sentence(folder, pipeline):
-    for sizes, message in [([], "sizes is empty"), ([0.6, 0], "has 0"), (["large"], "'large'"), ([True], "True")]:
+    for sizes, message in [
+        ([], "sizes is empty"),
+        ([0.6, 0], "has 0"),
+        (["large"], "'large'"),
+        ("0.6", r"'0\.6'"),
+        ([True], "True"),
+        (None, "None"),
+    ]:
         with pytest.raises(ValueError, match=message):
             SizeSchedule(sizes)
+    assert SizeSchedule(np.float64(1)) == SizeSchedule([np.int64(1)]) == SizeSchedule([1.0])
+    for measured in ({"images": torch.zeros(1)}, {"distance": float("nan")}):
+        with pytest.raises(ValueError, match="measured cannot be kept as JSON"):
+            SizeSchedule([SMALL], measured)
+    for schedule in ([SMALL, LARGE], SMALL):
+        with pytest.raises(ValueError, match=r"the schedule is .*0\.6.*; it must be a SizeSchedule, or None"):
+            pipeline.set_schedule("fast", schedule)
     with pytest.raises(ValueError, match=r"size is 0\.7; it must be one of 0\.6, 1"):
         image(pipeline, size=SizeSchedule([SMALL, 0.7]))
-    with pytest.raises(ValueError, match="steps is 0"):
-        SizeSchedule([SMALL]).over(0)
+    for steps in (0, 2.5, True, None):
+        with pytest.raises(ValueError, match=f"steps is {steps}; it must be a whole number of at least 1"):
+            SizeSchedule([SMALL]).over(steps)
     one = load(folder, size=SMALL)
     assert np.array_equal(image(one, size=SizeSchedule([SMALL])), image(one))
     with pytest.raises(ValueError, match=r"size is 1\.0; it must be one of 0\.6"):
