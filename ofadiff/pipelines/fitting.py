@@ -26,6 +26,7 @@ from huggingface_hub.constants import HF_HOME
 from ofadiff.pipelines.calls import check_calls, described, opened, without_bar
 from ofadiff.profiling import peak_memory_of, processor_name
 from ofadiff.profiling.timing import seconds_of
+from ofadiff.reading.json_file import is_kind
 
 logger = logging.get_logger(__name__)
 
@@ -75,13 +76,9 @@ class Budget:
         """
         if latency_ms is None and memory is None:
             raise ValueError(f"there is no budget; give latency_ms (milliseconds), {name} (such as '6GB'), or both")
-        if latency_ms is not None and not (_is_number(latency_ms) and math.isfinite(latency_ms) and latency_ms > 0):
+        if latency_ms is not None and not (is_kind(latency_ms, float) and latency_ms > 0):
             raise ValueError(f"latency_ms is {latency_ms!r}; it must be a number of milliseconds above 0")
         return cls(latency_ms, None if memory is None else _bytes(memory, name))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _bytes(memory: Any, name: str) -> int:
@@ -227,7 +224,7 @@ class Measurements:
         found = self._read().get(key)
         if not isinstance(found, dict) or found.keys() != {"latency_ms", "memory"}:
             return None
-        return CallCost(**found) if all(map(_is_number, found.values())) else None
+        return CallCost(**found) if all(is_kind(value, float) for value in found.values()) else None
 
     def put(self, key: str, cost: CallCost) -> None:
         """Remembers what was measured; where nothing can be written, a warning says so."""

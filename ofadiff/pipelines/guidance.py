@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from ofadiff.diffusers_hooks import are_cached
 from ofadiff.pipelines.guidance_table import HALVES, Halves
 from ofadiff.pipelines.halves import Arguments, are_twins, combined, halves_of, in_halves, same, shapes, together
 from ofadiff.pipelines.steps import step_reader
+from ofadiff.reading.json_file import is_kind
 from ofadiff.recordings.recorded_call import parameters_of
 from ofadiff.size_schedule import SizeSchedule
 from ofadiff.supernet import Supernet
@@ -221,8 +221,7 @@ def check_guidance(pipeline_class: type, parameters: Mapping[str, inspect.Parame
         return
     if given.get("guidance_size") is None:
         raise ValueError("autoguidance_scale is given, but no guidance_size, which says what the bad model is")
-    real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if not (real and math.isfinite(scale) and scale >= 1):
+    if not (is_kind(scale, float) and scale >= 1):
         raise ValueError(f"autoguidance_scale is {scale!r}; it must be a number from 1 on")
     own = next((each for each in SCALES if each in parameters), None)
     if name in HALVES and own is not None and own not in given and _is_above_1(parameters[own].default):

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ofadiff.reading.json_file import read_object
+
 DIGESTS_NAME = "digests.json"
 
 # Read at once.
@@ -49,7 +51,7 @@ def find_fault(folder: str | Path, contents: bool = True) -> str | None:
     if not (folder / DIGESTS_NAME).is_file():
         return f"{DIGESTS_NAME} is missing"
     try:
-        files = json.loads((folder / DIGESTS_NAME).read_text(encoding="utf-8"))["files"]
+        files = read_object(folder / DIGESTS_NAME, {"files": dict})["files"]
         expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{DIGESTS_NAME} is not what was written"

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ofadiff.data.stream import Place
+from ofadiff.reading.json_file import check_object, read_json, read_object
 from ofadiff.storage.sealed import DIGESTS_NAME, find_fault, remove, sealed_aside
 from ofadiff.storage.split import gather, write_whole
 from ofadiff.supernet import Supernet
@@ -32,6 +33,13 @@ from ofadiff.training.single_size import SingleSize, trained_weights
 logger = logging.getLogger(__name__)
 
 DENOISER = "denoiser"
+
+# What it says beside tensors, and what that must have.
+STATE_NAME = "state.json"
+STATE: dict[str, type] = {
+    **{"run": dict, "step": int, "seconds": float, "history": dict, "ema_steps": int},
+    **{"optimizer": dict, "param_groups": list, "lr_scheduler": dict},
+}
 
 # A checkpoint's folder, or one that was being replaced when a kill came.
 NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)-replaced")
@@ -136,7 +144,7 @@ def save_checkpoint(
     _remove_leftovers(output_dir)
     with _said_what_is_left(checkpoint), sealed_aside(checkpoint) as unfinished:
         _write_tensors(state, tensors, unfinished)
-        (unfinished / "state.json").write_text(json.dumps(rest, indent=2) + "\n")
+        (unfinished / STATE_NAME).write_text(json.dumps(rest, indent=2) + "\n")
     if total_limit is not None:
         _keep_newest(checkpoint, total_limit)
     return checkpoint
@@ -156,7 +164,7 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
         state.supernet.load(checkpoint / DENOISER)
     else:
         _load_supernet(state.supernet, checkpoint)
-    saved = json.loads((checkpoint / "state.json").read_text())
+    saved = read_state(checkpoint)
 
     trained = trained_weights(state.supernet.model)
     with safe_open(checkpoint / "ema.safetensors", framework="pt") as averages:
@@ -179,25 +187,35 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     }
 
 
-def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the checkpoint was written by a run with these values."""
-    path = Path(checkpoint) / "state.json"
+def read_state(checkpoint: str | Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors.
+
+    Raises:
+        ValueError: If it does not say that, or the folder is no checkpoint.
+    """
+    path = Path(checkpoint) / STATE_NAME
     if not path.is_file():
         raise ValueError(f"{checkpoint} is not a checkpoint: it has no {path.name}")
-    saved = json.loads(path.read_text())["run"]
+    saved = read_object(path, STATE)
+    check_object(saved, str(path), {}, {"flags": dict})
+    return saved
+
+
+def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the checkpoint was written by a run with these values."""
+    saved = read_state(checkpoint)["run"]
     for name in sorted(saved.keys() | run.keys()):
         _check(Path(checkpoint), name, saved.get(name), run.get(name))
 
 
 def read_flags(checkpoint: str | Path) -> dict[str, Any]:
     """What the run that wrote a checkpoint was asked for; older ones have kept nothing."""
-    path = Path(checkpoint) / "state.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("flags", {}) if path.is_file() else {}
+    return read_state(checkpoint).get("flags") or {} if (Path(checkpoint) / STATE_NAME).is_file() else {}
 
 
 def read_step(checkpoint: str | Path) -> int:
     """The optimizer steps that a checkpoint's run had made."""
-    return json.loads((Path(checkpoint) / "state.json").read_text(encoding="utf-8"))["step"]
+    return read_state(checkpoint)["step"]
 
 
 def check_flags(checkpoint: str | Path, flags: Mapping[str, Any], may_change: Collection[str]) -> None:
@@ -220,7 +238,7 @@ def check_flags(checkpoint: str | Path, flags: Mapping[str, Any], may_change: Co
 
 def _check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Raises ValueError if an optimizer was made with other settings than the checkpoint's, which replace them."""
-    saved = json.loads((checkpoint / "state.json").read_text())["param_groups"]
+    saved = read_state(checkpoint)["param_groups"]
     for theirs, ours in zip(saved, optimizer.param_groups, strict=True):
         for name in SETTINGS:
             if name in theirs and name in ours:
@@ -297,11 +315,11 @@ def find_torn(checkpoint: Path, contents: bool = True) -> str | None:
         contents: Whether every file is read; otherwise only its length is looked at.
     """
     try:
-        saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        saved = read_json(checkpoint / STATE_NAME)
     except FileNotFoundError:
-        return "state.json is missing"
+        return f"{STATE_NAME} is missing"
     except ValueError:
-        return "state.json is no JSON"
+        return f"{STATE_NAME} is no JSON"
     if (isinstance(saved, dict) and "digests" in saved) or (checkpoint / DIGESTS_NAME).exists():
         return find_fault(checkpoint, contents)
     for name in ("ema.safetensors", "optimizer.safetensors"):
