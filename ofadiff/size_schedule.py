@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
+from ofadiff.reading.json_file import shown
+from ofadiff.reading.numbers import is_number
 from ofadiff.sizes import SizeTable
 
 
@@ -43,9 +44,8 @@ class SizeSchedule(Sequence[float]):
         if not values:
             raise ValueError("sizes is empty; a schedule needs the size of at least one step")
         for value in values:
-            real = isinstance(value, Real) and not isinstance(value, bool)
-            if not (real and math.isfinite(value) and value > 0):
-                raise ValueError(f"sizes has {value!r}; a schedule takes numbers above 0, the sizes of a checkpoint")
+            if not (is_number(value) and value > 0):
+                raise ValueError(f"sizes has {shown(value)}; a schedule takes numbers above 0, sizes of a checkpoint")
         try:
             json.dumps(dict(measured or {}), allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -65,7 +65,7 @@ class SizeSchedule(Sequence[float]):
             ValueError: If it is something else.
         """
         if not (isinstance(values, Mapping) and isinstance(values.get("sizes"), list)):
-            raise ValueError(f"a schedule is {values!r}; it must be an object with a list of sizes")
+            raise ValueError(f"a schedule is {shown(values)}; it must be an object with a list of sizes")
         measured = values.get("measured")
         return cls(values["sizes"], measured if isinstance(measured, Mapping) else None)
 

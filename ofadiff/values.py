@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, get_type_hints
 
@@ -32,7 +33,7 @@ class Range:
                 raise ValueError(f"'{shown}' is not a {self.what} {self.in_words()}")
 
     def _holds(self, number: float) -> bool:
-        inside = self.low <= number <= self.high and math.isfinite(number)
+        inside = self.low <= number <= self.high and abs(number) <= sys.float_info.max
         at_an_end = (self.ends[0] == "(" and number == self.low) or (self.ends[1] == ")" and number == self.high)
         return inside and not at_an_end
 

@@ -9,6 +9,7 @@ import diffusers
 from cyclopts import Parameter
 
 from ofadiff.architectures import Architecture, architectures
+from ofadiff.storage.output import check_folder
 from ofadiff.values import Bundle
 
 
@@ -29,6 +30,8 @@ def write_architectures(*, where: Page = Page()) -> None:
     """
     if where.output is not None and where.output.is_dir():
         raise ValueError(f"--output {where.output} is a folder; it must be a file")
+    if where.output is not None:
+        check_folder("the folder of --output", where.output.parent)
     text = page(architectures())
     if where.output is None:
         print(text, end="")

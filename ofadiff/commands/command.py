@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from cyclopts import App, CycloptsError, Parameter, ValidationError
 from cyclopts.config import Yaml
@@ -20,7 +22,10 @@ EPILOGUE = (
 )
 
 # What a user can get wrong, or a machine lack.
-MISTAKES = (CycloptsError, ImportError, OSError, ValueError, NotFiniteError)
+MISTAKES = (CycloptsError, ImportError, OSError, ValueError, MemoryError, torch.OutOfMemoryError, NotFiniteError)
+
+# What a shell says of a process that wrote to a pipe whose reader was gone: 128 + SIGPIPE.
+NOBODY_READS = 141
 
 
 def _as_it_is(name: str) -> str:
@@ -54,6 +59,8 @@ def call(app: App, words: Sequence[str]) -> Any:
             rest = words[index + 1 : index + 2] if word == "--config" else [word.partition("=")[2]]
             path, words = "".join(rest), [*words[:index], *words[index + 1 + (word == "--config") :]]
             break
+    if path == "":
+        raise ValueError("--config needs a file")
     if path is not None and not Path(path).is_file():
         raise ValueError(f"cannot read --config {path}: there is no such file")
     if path is not None:
@@ -70,12 +77,22 @@ def check_yaml(path: str) -> None:
         raise ValueError(f"cannot read --config {path}: it is no YAML: {error}") from error
     if not (values is None or isinstance(values, dict)):
         raise ValueError(f"cannot read --config {path}: it holds a {type(values).__name__}, not lines of `flag: value`")
+    for name, value in (values or {}).items():
+        # No more than that: a list of lists of lists, each named once, has more values than any memory.
+        nested = isinstance(value, dict) or (
+            isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value)
+        )
+        if not isinstance(name, str) or nested:
+            what = "a value that is nested" if isinstance(name, str) else "a name that is no word"
+            raise ValueError(
+                f"cannot read --config {path}: {name} has {what}; lines are `flag: value`, or a list of values"
+            )
 
 
 def main(app: App, words: Sequence[str] | None = None) -> Any:
     """A command from the command line; ends the process with status 2 and one sentence where a user got it wrong.
 
-    After Ctrl-C the status is 130, after SIGTERM 143.
+    After Ctrl-C the status is 130, after SIGTERM 143, and 141 where nobody reads what it prints.
 
     Args:
         app: With one command or several.
@@ -84,7 +101,13 @@ def main(app: App, words: Sequence[str] | None = None) -> Any:
     words = sys.argv[1:] if words is None else list(words)
     try:
         with sigterm_as_ctrl_c():
-            return call(app, words)
+            result = call(app, words)
+            sys.stdout.flush()
+            return result
+    except BrokenPipeError as error:
+        if not close_unread_outputs():
+            fail(app.name[0], error)
+        raise SystemExit(NOBODY_READS) from None
     except MISTAKES as error:
         if "--debug" in words:
             raise
@@ -93,6 +116,23 @@ def main(app: App, words: Sequence[str] | None = None) -> Any:
         if "--debug" in words:
             raise
         end_by_signal(app.name[0], stop)
+
+
+def close_unread_outputs() -> bool:
+    """Whether standard output or errors go to a pipe that nobody reads, as behind `| head`; they lead nowhere then.
+
+    Otherwise Python would complain once more when it ends.
+    """
+    unread = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            unread = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    return unread
 
 
 def fail(name: str, error: Exception) -> NoReturn:
@@ -105,7 +145,9 @@ def sentence(error: Exception) -> str:
     """What an error says, in one line."""
     if isinstance(error, ValidationError) and error.argument is not None and error.exception_message:
         return f"{error.argument.name}: {error.exception_message}"
-    return " ".join(str(error).split())
+    if isinstance(error, MemoryError) and not str(error):
+        return "there is not enough memory for what was asked"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def script(function: Callable[..., Any], path: str) -> App:

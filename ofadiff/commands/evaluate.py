@@ -30,6 +30,7 @@ from ofadiff.pipelines.calls import parsed_value, read_located_calls
 from ofadiff.recordings.folder import Recordings, read_description
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import read_ofa_config
+from ofadiff.storage.output import check_folder
 from ofadiff.storage.pipeline_folder import find_denoisers
 from ofadiff.values import COUNT, WHOLE, Bundle, one_of
 
@@ -294,8 +295,7 @@ def check(
 def check_output_dir(files: ReportFiles) -> None:
     """Raises ValueError unless the output folder is new, empty, an earlier evaluation's, or may be overwritten."""
     folder = Path(files.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file")
+    check_folder("--output_dir", folder)
     known = files.overwrite_output_dir or not folder.exists() or is_begun(folder)
     if not known and any(not path.is_dir() for path in folder.rglob("*")):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +13,10 @@ from ofadiff.adapters.size_adapter import adapter_folder
 from ofadiff.dtypes import DTYPES
 from ofadiff.pipelines import OFAPipeline
 from ofadiff.profiling.cost import count_parameters
+from ofadiff.reading.names import check_variant
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import read_ofa_config
+from ofadiff.storage.output import check_folder
 from ofadiff.storage.pipeline_folder import find_denoisers
 from ofadiff.values import SIZES, Bundle, SizeOrName, one_of
 
@@ -51,8 +54,11 @@ def extract(*, extraction: Extraction) -> list[Path]:
     subnets = SizeTable.from_dict(read_ofa_config(checkpoint / denoiser))
     sizes = [subnets.find(size).size for size in extraction.sizes]
     folders = {size: Path(extraction.output_dir) / f"size-{size:g}" for size in sizes}
+    check_folder("--output_dir", extraction.output_dir)
+    for variant in (extraction.variant, extraction.save_variant):
+        check_variant(variant)
     for folder in folders.values():
-        if folder.exists():
+        if os.path.lexists(folder):
             raise ValueError(f"{folder} exists already; choose another --output_dir or remove it")
     for size, folder in folders.items():
         pipeline = OFAPipeline.from_pretrained(checkpoint, size=size, variant=extraction.variant)

@@ -14,6 +14,7 @@ from ofadiff.dtypes import DTYPES
 from ofadiff.recordings.folder import Recordings
 from ofadiff.runs.recorded import make_recordings
 from ofadiff.runs.settings import Calls, Model
+from ofadiff.storage.output import check_folder
 from ofadiff.values import WHOLE, Bundle, one_of
 
 
@@ -43,6 +44,7 @@ def record_calls(*, model: Model, calls: Calls = Calls(), recorded: Recorded) ->
         raise ValueError("give the pipeline's calls with --calls_file")
     if calls.recordings_dir is not None:
         raise ValueError("--recordings_dir is for runs that use recordings; say where to put these with --output_dir")
+    check_folder("--output_dir", recorded.output_dir)
     where = model.revision, model.variant, model.cache_dir
     original = read_any_original(model.pretrained_model_name_or_path, calls.component, *where)
     state = PartialState()

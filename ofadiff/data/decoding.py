@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from ofadiff.reading.files import check_file
 
 # What is seen through transparent pixels.
 BACKGROUND = "white"
@@ -19,6 +22,9 @@ DECODING = f"upright, 8 bits, on {BACKGROUND}"
 # Largest value of a 16-bit image.
 SIXTEEN_BITS = 65535
 CHANNELS = (1, 3, 4)
+
+# Formats that are programs, which Pillow has Ghostscript run; a file of any name may be one.
+PROGRAMS = ("EPS",)
 
 
 def decode_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
@@ -53,7 +59,8 @@ def open_image(value: Any) -> Image.Image:
 
     Raises:
         OSError: If there is no such file, or Pillow cannot read it.
-        ValueError: If the value is none of these, or an image of more pixels than Pillow takes for an attack.
+        ValueError: If the value is none of these, a path that is no file's, or an image of more pixels than Pillow
+            takes for an attack.
     """
     if isinstance(value, Image.Image):
         return value
@@ -63,6 +70,7 @@ def open_image(value: Any) -> Image.Image:
     if isinstance(value, bytes | bytearray | memoryview):
         return _opened(io.BytesIO(value))
     if isinstance(value, str | Path):
+        check_file(value)
         return _opened(value)
     if isinstance(value, np.ndarray | torch.Tensor | list):
         return _from_pixels(np.asarray(value))
@@ -74,9 +82,16 @@ def open_image(value: Any) -> Image.Image:
 
 def _opened(file: Any) -> Image.Image:
     try:
-        return Image.open(file)
+        return Image.open(file, formats=_formats())
     except Image.DecompressionBombError as error:
         raise ValueError(f"it claims more pixels than are decoded: {error}") from error
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """The formats that are opened: all that Pillow reads by itself."""
+    Image.init()
+    return [name for name in Image.ID if name not in PROGRAMS]
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:

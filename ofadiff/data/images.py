@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ofadiff.data.decoding import decode_image, open_image
+from ofadiff.reading.files import check_file
 
 NAMED = 10
 
@@ -91,14 +92,22 @@ def find_files(folder: Path, above: frozenset[Path] = frozenset()) -> list[Path]
     Args:
         folder: Where to look.
         above: The real folders that lead there; a link back to one of them is not followed.
+
+    Raises:
+        ValueError: If one is no file but a pipe or the like, which whoever reads it would wait for.
     """
     real = folder.resolve()
     if real in above:
         return []
     found: list[Path] = []
     for entry in sorted(folder.iterdir()):
-        if not entry.name.startswith((".", "__")):
-            found += find_files(entry, above | {real}) if entry.is_dir() else [entry]
+        if entry.name.startswith((".", "__")):
+            continue
+        if entry.is_dir():
+            found += find_files(entry, above | {real})
+        else:
+            check_file(entry)
+            found.append(entry)
     return found
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ofadiff.data.text import read_lines, read_text
+from ofadiff.data.text import read_lines, read_table, read_text
+from ofadiff.reading.json_file import parse_json
 
 # What files call the prompt; the first of these that they have.
 COLUMNS = ("text", "prompt")
@@ -45,37 +43,29 @@ def _lines(file: Path) -> list[str]:
 
 def _json_lines(file: Path) -> list[str]:
     lines = ((number, line) for number, line in enumerate(read_lines(file), 1) if line.strip())
-    return [_prompt(_parsed(line, f"{file}, line {number}"), f"{file}, line {number}") for number, line in lines]
+    return [_prompt(parse_json(line, f"{file}, line {number}"), f"{file}, line {number}") for number, line in lines]
 
 
 def _json_list(file: Path) -> list[str]:
-    entries = _parsed(read_text(file), str(file))
+    entries = parse_json(read_text(file), str(file))
     if not isinstance(entries, list):
         raise ValueError(f"{file} holds a {type(entries).__name__}; it must be a list of prompts")
     return [_prompt(entry, f"{file}, entry {number}") for number, entry in enumerate(entries, 1)]
 
 
 def _table(file: Path) -> list[str]:
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    rows = csv.DictReader(io.StringIO(read_text(file), newline=""), delimiter=delimiter)
-    columns = rows.fieldnames or []
+    columns, rows = read_table(file)
     column = next((name for name in COLUMNS if name in columns), None)
     if column is None:
         found = ", ".join(columns) or "none"
         raise ValueError(f"{file} has no column {' or '.join(COLUMNS)}; its first line names {found}")
     prompts = []
     for number, row in enumerate(rows, 1):
-        if row[column] is None:
+        prompt = row[column]
+        if prompt is None:
             raise ValueError(f"{file}, row {number} has no {column}")
-        prompts.append(row[column].strip())
+        prompts.append(prompt.strip())
     return prompts
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
 
 
 def _prompt(entry: Any, where: str) -> str:

@@ -6,7 +6,6 @@ example more, which says what is wrong: it takes its place in the order, and who
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,8 @@ from typing import Any
 
 import fsspec
 from PIL import Image
+
+from ofadiff.reading.json_file import parse_json
 
 Example = dict[str, Any]
 
@@ -39,7 +40,7 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "text": _text,
     "caption": _text,
     "cls": lambda content: int(_text(content)),
-    "json": lambda content: json.loads(_text(content)),
+    "json": lambda content: parse_json(_text(content), "it"),
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 from pathlib import Path
 
 # By what a file begins with.
@@ -36,3 +38,19 @@ def read_lines(file: str | Path) -> list[str]:
         ValueError: If it is no text.
     """
     return [line.removesuffix("\r") for line in read_text(file).split("\n")]
+
+
+def read_table(file: str | Path) -> tuple[list[str], list[dict[str | None, str | None]]]:
+    """The columns and the rows of a `.csv`, or of a `.tsv`, whose first line names the columns.
+
+    Cells that a row lacks are None; those that it has too many are under the key None.
+
+    Raises:
+        ValueError: If it is no text, or a cell is longer than any is.
+    """
+    delimiter = "\t" if Path(file).suffix.lower() == ".tsv" else ","
+    rows = csv.DictReader(io.StringIO(read_text(file), newline=""), delimiter=delimiter)
+    try:
+        return list(rows.fieldnames or []), list(rows)
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {rows.line_num + 1} is no row of a table: {error}") from error

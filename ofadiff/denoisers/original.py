@@ -18,6 +18,7 @@ from ofadiff.denoisers.table import kind_of_pipeline, pipelines_in_words, traina
 from ofadiff.noise.choice import forward_process_of, make_noise_scheduler
 from ofadiff.noise.noisy_samples import ForwardProcess
 from ofadiff.reading.json_file import read_object
+from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.sizes import CONFIG_NAME
 from ofadiff.storage.model_classes import model_class
 from ofadiff.storage.strangers import check_no_code, check_pipeline, empty_model
@@ -240,8 +241,9 @@ def cannot_load(name: str, expected: str, error: Exception) -> ValueError:
 def _loading(name: str, kinds: Sequence[DenoiserKind]) -> Iterator[None]:
     """A block in which what diffusers cannot load is an error that says what was expected."""
     try:
-        yield
-    except (AttributeError, OSError, ValueError) as error:
+        with in_one_sentence("it cannot be read"):
+            yield
+    except (OSError, ValueError) as error:
         raise cannot_load(name, pipelines_in_words(kinds), error) from error
 
 

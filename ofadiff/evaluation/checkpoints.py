@@ -9,6 +9,7 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 
 from ofadiff.denoisers.pipelines import class_count
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
+from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.sizes import CONFIG_NAME
 from ofadiff.storage.pipeline_folder import local_folder
 from ofadiff.storage.strangers import check_pipeline
@@ -31,7 +32,8 @@ def open_pipeline(folder: str, dtype: torch.dtype, device: torch.device) -> Diff
         pipeline = OFAPipeline.from_pretrained(folder)
     else:
         check_pipeline(folder)
-        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+        with in_one_sentence(f"{folder} cannot be loaded"):
+            pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
         if type(pipeline) is DDPMPipeline and class_count(pipeline.unet) is not None:
             pipeline = ClassConditionalDDPMPipeline(**pipeline.components)
     return pipeline.to(device, dtype)

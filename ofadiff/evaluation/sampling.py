@@ -20,6 +20,7 @@ from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
 from ofadiff.pipelines.calls import check_calls, opened, without_bar
+from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.size_schedule import SizeSchedule
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -166,7 +167,8 @@ class Sampling:
         before = _global_random_states(pipeline.device)
         added = added or {}
         name = name or _name_of(pipeline, added.get("size"))
-        with finite_outputs(pipeline, denoiser_of(pipeline), name, indices):
+        cannot = f"{type(pipeline).__name__} cannot be called as it was asked for"
+        with in_one_sentence(cannot, NotFiniteError), finite_outputs(pipeline, denoiser_of(pipeline), name, indices):
             if self.calls is not None:
                 images = same_shapes([self._call(pipeline, index, added) for index in indices])
             else:

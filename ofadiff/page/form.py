@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, DiTPipeline
 
 from ofadiff.denoisers.pipelines import class_count, denoiser_of
+from ofadiff.reading.json_file import is_kind
 
 # What a call can be given by a page; it has to need nothing else.
 FILLED = ("prompt", "class_labels", "generator", "num_inference_steps", "guidance_scale", "size")
@@ -120,7 +120,7 @@ class Form:
             raise ValueError("the prompt is empty; write what the picture shall show")
         if self.classes and label not in self.classes:
             raise ValueError(f"the class is {label!r}; choose one of the list")
-        if self.guided and guidance is not None and not _is_number(guidance):
+        if self.guided and guidance is not None and not is_kind(guidance, float):
             raise ValueError(
                 f"the guidance scale is {guidance!r}; it must be a number, or empty for the pipeline's own"
             )
@@ -157,7 +157,7 @@ def _check(name: str, parameters: Mapping[str, inspect.Parameter]) -> None:
 def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
     """A parameter's number, if it is there and has one."""
     default = parameters[name].default if name in parameters else None
-    return default if _is_number(default) else None
+    return default if is_kind(default, float) else None
 
 
 def _classes(pipeline: DiffusionPipeline, parameters: Mapping[str, inspect.Parameter]) -> dict[int, str]:
@@ -178,13 +178,9 @@ def _classes(pipeline: DiffusionPipeline, parameters: Mapping[str, inspect.Param
     return {number: " ".join([str(number), ", ".join(names.get(number, []))]).strip() for number in range(count)}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _whole(what: str, value: Any, low: int, high: int) -> int:
     """A whole number in a range, which a field may hold as a float."""
-    if _is_number(value) and value == int(value) and low <= value <= high:
+    if is_kind(value, float) and value == int(value) and low <= value <= high:
         return int(value)
     shown = "empty" if value is None or value == "" else f"{value:g}" if isinstance(value, float) else repr(value)
     raise ValueError(f"{what} is {shown}; it must be a whole number from {low} to {high}")

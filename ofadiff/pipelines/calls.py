@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import inspect
-import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +15,8 @@ from diffusers.utils import load_image
 from PIL import Image
 
 from ofadiff.data.decoding import open_image
-from ofadiff.data.text import read_lines, read_text
+from ofadiff.data.text import read_lines, read_table, read_text
+from ofadiff.reading.json_file import is_kind, parse_json
 
 Arguments = dict[str, Any]
 
@@ -125,7 +123,7 @@ def _checked(
                 f"{_listed(takes)}"
             )
     steps = arguments.get("num_inference_steps", 1)
-    if steps is not None and not (isinstance(steps, int) and steps >= 1):
+    if steps is not None and not (is_kind(steps, int) and steps >= 1):
         raise ValueError(f"{where} has num_inference_steps {steps!r}; it must be a whole number of at least 1")
     try:
         signature.bind(None, **arguments)
@@ -212,24 +210,22 @@ def _lines(file: Path) -> list[str | Arguments]:
 
 def _json_lines(file: Path) -> list[str | Arguments]:
     lines = ((number, line) for number, line in enumerate(read_lines(file), 1) if line.strip())
-    return [_call(_parsed(line, f"{file}, line {number}"), f"{file}, line {number}") for number, line in lines]
+    return [_call(parse_json(line, f"{file}, line {number}"), f"{file}, line {number}") for number, line in lines]
 
 
 def _json_list(file: Path) -> list[str | Arguments]:
-    entries = _parsed(read_text(file), str(file))
+    entries = parse_json(read_text(file), str(file))
     if not isinstance(entries, list):
         raise ValueError(f"{file} holds a {type(entries).__name__}; it must be a list of calls")
     return [_call(entry, f"{file}, entry {number}") for number, entry in enumerate(entries, 1)]
 
 
 def _table(file: Path) -> list[str | Arguments]:
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    rows = csv.DictReader(io.StringIO(read_text(file), newline=""), delimiter=delimiter)
     calls: list[str | Arguments] = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(read_table(file)[1], 1):
         if None in row:
             raise ValueError(f"{file}, row {number} has more cells than its first line names")
-        calls.append({name.strip(): _cell(name, cell) for name, cell in row.items() if cell not in (None, "")})
+        calls.append({name.strip(): _cell(name, cell) for name, cell in row.items() if name and cell})
     return calls
 
 
@@ -243,16 +239,9 @@ def _cell(name: str, cell: str) -> Any:
 def parsed_value(text: str) -> Any:
     """A word as JSON if it is some, otherwise as it is."""
     try:
-        return json.loads(text)
+        return parse_json(text, text)
     except ValueError:
         return text
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
 
 
 def _call(entry: Any, where: str) -> str | Arguments:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from ofadiff.pipelines.calls import check_calls, described, opened, without_bar
 from ofadiff.profiling import peak_memory_of, processor_name
 from ofadiff.profiling.timing import seconds_of
 from ofadiff.reading.json_file import read_json
+from ofadiff.reading.numbers import is_number
 
 logger = logging.get_logger(__name__)
 
@@ -77,13 +77,9 @@ class Budget:
         """
         if latency_ms is None and memory is None:
             raise ValueError(f"there is no budget; give latency_ms (milliseconds), {name} (such as '6GB'), or both")
-        if latency_ms is not None and not (_is_number(latency_ms) and latency_ms > 0):
+        if latency_ms is not None and not (is_number(latency_ms) and latency_ms > 0):
             raise ValueError(f"latency_ms is {latency_ms!r}; it must be a number of milliseconds above 0")
         return cls(latency_ms, None if memory is None else _bytes(memory, name))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _bytes(memory: Any, name: str) -> int:
@@ -91,7 +87,7 @@ def _bytes(memory: Any, name: str) -> int:
     if isinstance(memory, str) and (written := re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", memory.strip())):
         digits, unit, binary = written.groups()
         size = float(digits) * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1)
-    if not _is_number(size) or size < 1:
+    if not is_number(size) or size < 1:
         raise ValueError(
             f"{name} is {memory!r}; it must be a number of bytes above 0, or a text such as '6GB' or '6GiB'"
         )
@@ -178,9 +174,9 @@ def cost_of_call(pipeline: Any, call: Mapping[str, Any]) -> CallCost:
 def _share_of_the_way(arguments: Mapping[str, Any]) -> float:
     """How much of the way from noise to image a call with these arguments denoises."""
     strength, begin, end = (arguments.get(name) for name in ("strength", "denoising_start", "denoising_end"))
-    if not _is_number(begin):
-        begin = 1 - strength if _is_number(strength) else 0
-    share = (end if _is_number(end) else 1) - begin
+    if not is_number(begin):
+        begin = 1 - strength if is_number(strength) else 0
+    share = (end if is_number(end) else 1) - begin
     return share if 0 < share <= 1 else 1.0  # what cannot be is the pipeline's to refuse
 
 
@@ -243,7 +239,7 @@ class Measurements:
         found = self._read().get(key)
         if not isinstance(found, dict) or found.keys() != {"latency_ms", "memory"}:
             return None
-        return CallCost(**found) if all(_is_number(value) and value > 0 for value in found.values()) else None
+        return CallCost(**found) if all(is_number(value) and value > 0 for value in found.values()) else None
 
     def put(self, key: str, cost: CallCost) -> None:
         """Remembers what was measured; where nothing can be written, a warning says so."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from ofadiff.diffusers_hooks import are_cached, is_deep_cached
 from ofadiff.pipelines.guidance_table import HALVES, Halves
 from ofadiff.pipelines.halves import Arguments, are_twins, combined, halves_of, in_halves, same, shapes, together
 from ofadiff.pipelines.steps import step_reader
+from ofadiff.reading.numbers import is_number
 from ofadiff.recordings.recorded_call import parameters_of
 from ofadiff.size_schedule import SizeSchedule
 from ofadiff.supernet import Supernet
@@ -215,22 +215,18 @@ def check_guidance(pipeline_class: type, parameters: Mapping[str, inspect.Parame
                 "ofadiff.pipelines.guidance_table.HALVES must have an entry for it that says so, or give "
                 "autoguidance_scale, which needs no halves"
             )
-        if _is_number(own_scale) and own_scale <= 1:
+        if is_number(own_scale) and own_scale <= 1:
             raise ValueError(f"guidance_size is given, but {own} is {own_scale:g}; it must be above 1")
         return
     if given.get("guidance_size") is None:
         raise ValueError("autoguidance_scale is given, but no guidance_size, which says what the bad model is")
-    if not (_is_number(scale) and not isinstance(scale, bool) and math.isfinite(scale) and scale >= 1):
+    if not (is_number(scale) and scale >= 1):
         raise ValueError(f"autoguidance_scale is {scale!r}; it must be a number from 1 on")
-    if name in HALVES and own not in given and _is_number(own_scale) and own_scale > 1:
+    if name in HALVES and own not in given and is_number(own_scale) and own_scale > 1:
         raise ValueError(
             f"autoguidance_scale is given, and a {name}'s own {own} is {own_scale} by default: say "
             f"{own} as well; with 1.0 there is no unconditional half, above it both kinds of guidance act"
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
 
 
 @contextmanager

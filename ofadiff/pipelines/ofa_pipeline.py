@@ -43,6 +43,8 @@ from ofadiff.pipelines.fitting import (
 from ofadiff.pipelines.guidance import check_guidance, guided
 from ofadiff.pipelines.one_size import OneSizePipeline, one_size_pipeline_class
 from ofadiff.pipelines.steps import following
+from ofadiff.reading.names import check_variant
+from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.size_schedule import SizeSchedule
 from ofadiff.sizes import SizeTable
 from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
@@ -112,6 +114,7 @@ class OFAPipeline:
                     f"{argument} is not supported for an OFA checkpoint; extract a size and load that with it"
                 )
         forbid_pickles(kwargs)
+        check_variant(kwargs.get("variant"))
         directory = local_folder(pretrained_model_name_or_path, kwargs)
         if size == "fit":
             return cls._largest_that_fits(directory, kwargs)
@@ -150,7 +153,7 @@ class OFAPipeline:
         # With the denoiser given, diffusers loads everything but that. A custom pipeline may be of any class, so sizes
         # are mixed in afterwards.
         loader = DiffusionPipeline if custom else stock_pipeline_class(directory, denoisers[names[0]])
-        with torch_dtype_taken():
+        with torch_dtype_taken(), in_one_sentence(f"{directory} cannot be loaded"):
             pipeline = loader.from_pretrained(directory, **denoisers, **{**kwargs, "use_safetensors": True})
         if dtypes is None:
             # diffusers loads its own models in float32 then, transformers its own in the dtype that they are stored in.

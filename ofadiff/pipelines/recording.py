@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ofadiff.denoisers.pipelines import find_component
 from ofadiff.pipelines.calls import check_calls, described, opened, without_bar
+from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.recordings.folder import (
     DESCRIPTION_NAME,
     Recordings,
@@ -31,6 +32,7 @@ from ofadiff.recordings.folder import (
 )
 from ofadiff.recordings.nested import Tensors, to_spec
 from ofadiff.recordings.recorded_call import answer_of, parameters_of, time_argument
+from ofadiff.storage.output import check_folder
 from ofadiff.supernet import Supernet
 from ofadiff.supernet_model import SupernetModel, unwrapped
 
@@ -104,7 +106,7 @@ def record(
         "seed": seed,
         "calls": [described(call) for call in checked],
     }
-    prepare_folder(folder, description)
+    check_recordings(folder, description)
     state = PartialState()
     _record_share(pipeline, pipeline.components[name], checked, folder, description, max_bytes, progress, state)
     state.wait_for_everyone()
@@ -131,17 +133,14 @@ def check_largest(denoiser: Any, component: str, calls: Sequence[Mapping[str, An
             )
 
 
-def prepare_folder(folder: Path, description: Mapping[str, Any]) -> None:
-    """Makes the folder of a recording, or goes on with it.
-
-    Raises:
-        ValueError: If it holds something else.
-    """
-    if (folder / DESCRIPTION_NAME).is_file():
+def check_recordings(folder: Path, description: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a folder can be that of a recording: is new, or holds the beginning of it."""
+    check_folder("the folder of recordings", folder)
+    # One that holds no call yet may become any.
+    if (folder / DESCRIPTION_NAME).is_file() and recorded_calls(folder):
         check_same(folder, read_description(folder), description)
-    elif folder.exists() and (not folder.is_dir() or any(not each.name.startswith(".") for each in folder.iterdir())):
+    elif folder.exists() and not (folder / DESCRIPTION_NAME).is_file() and any(folder.glob("[!.]*")):
         raise ValueError(f"{folder} is no folder of recordings, and not empty; give another one")
-    write_description(folder, description)
 
 
 def _record_share(
@@ -174,6 +173,8 @@ def _record_share(
                         f"one call takes {expected} bytes of recordings, more than the {max_bytes} allowed"
                     )
                 return
+            if number == mine[0]:  # none before there is a call that can be made; complete before any file of calls
+                write_description(folder, description)
             spent += write_call(folder, number, kept)
 
 
@@ -188,7 +189,7 @@ def _record_call(
     options = opened(call)
     if "generator" in inspect.signature(type(pipeline).__call__).parameters and "generator" not in options:
         options["generator"] = torch.Generator().manual_seed(noise)
-    with recorder:
+    with recorder, in_one_sentence(f"call {number + 1} cannot be made of the {type(pipeline).__name__}"):
         pipeline(**options)
     if not recorder.kept:
         raise ValueError(

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from tqdm.auto import tqdm
 from ofadiff.pipelines.calls import Arguments, check_calls, opened, without_bar
 from ofadiff.pipelines.ofa_pipeline import OFAPipeline
 from ofadiff.pipelines.steps import step_reader
+from ofadiff.reading.numbers import is_number
+from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.size_schedule import SizeSchedule
 
 UNITS = ("macs", "latency", "evaluations")
@@ -151,10 +152,10 @@ def _check_asked(pipeline: OFAPipeline, budget: float, unit: str) -> None:
     """Raises ValueError if there can be no schedule of such a budget."""
     if unit not in UNITS:
         raise ValueError(f"unit is {unit!r}; it must be 'macs', 'latency' or 'evaluations'")
-    number = isinstance(budget, Real) and not isinstance(budget, bool) and math.isfinite(budget)
-    if unit == "evaluations" and not (number and budget > 0):
+    number = is_number(budget) and budget > 0
+    if unit == "evaluations" and not number:
         raise ValueError(f"budget is {budget!r}; it must be a number of evaluations above 0")
-    if unit != "evaluations" and not (number and 0 < budget <= 1):
+    if unit != "evaluations" and not (number and budget <= 1):
         raise ValueError(f"budget is {budget!r}; it must be above 0 and at most 1, a share of the largest size's cost")
     if not isinstance(pipeline, OFAPipeline):
         raise ValueError(
@@ -212,7 +213,9 @@ class _Search:
                 options = {"output_type": "np"} if "output_type" in self.takes else {}
                 if "generator" in self.takes:
                     options["generator"] = torch.Generator().manual_seed(drawn)
-                images.append(_numbers(self.pipeline(**{**options, **call}, size=size)[0]))  # type: ignore[operator]
+                with in_one_sentence(f"call {number + 1} cannot be made of the {type(self.pipeline).__name__}"):
+                    output = self.pipeline(**{**options, **call}, size=size)  # type: ignore[operator]
+                images.append(_numbers(output[0]))
                 self.bar.update()
         return images
 

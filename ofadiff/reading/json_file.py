@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ofadiff.reading.files import check_file
 
 # What kinds of values are called in errors.
 KINDS: dict[type, str] = {
@@ -19,6 +22,16 @@ KINDS: dict[type, str] = {
 }
 
 
+# Lists and objects within each other that are read; whoever walks through more of them runs out of stack.
+MOST_LEVELS = 100
+
+# How a string begins to name half of a character beyond the first 65,536; the other half belongs behind it.
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+# Digits of a whole number that are read: as many as a float has at most, which it is compared and shown as.
+MOST_DIGITS = 308
+
+
 def read_json(path: str | Path) -> Any:
     """What a JSON file holds.
 
@@ -26,12 +39,57 @@ def read_json(path: str | Path) -> Any:
         FileNotFoundError: If there is none.
         ValueError: If it is no JSON; says where it stops being.
     """
+    check_file(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is not JSON that can be read: it is nested too deeply") from None
+        text = Path(path).read_text(encoding="utf-8")
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value that a text is as JSON.
+
+    Args:
+        text: It.
+        where: What it is called, for errors.
+
+    Raises:
+        ValueError: If it is no JSON, is nested deeper than anything that is written here, or has a number that is
+            longer than any float, or a string that is no text.
+    """
+    too_deep = f"{where} is not JSON that can be read: it is nested too deeply, more than {MOST_LEVELS} levels"
+    try:
+        value = json.loads(text, parse_int=_whole)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if text.count("[") + text.count("{") > MOST_LEVELS and _levels(value) > MOST_LEVELS:
+        raise ValueError(too_deep)
+    if HALF.search(text) is not None:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where} has half of a character in a string, which cannot be written as UTF-8") from None
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"it has a number of {len(digits)} digits; at most {MOST_DIGITS} are read")
+    return int(digits)
+
+
+def _levels(value: Any) -> int:
+    """How many lists and objects of a JSON value lie within each other, counted up to one more than may be."""
+    levels, inner = 0, [value]
+    while inner := [each for each in inner if isinstance(each, (dict, list))]:
+        levels += 1
+        if levels > MOST_LEVELS:
+            break
+        inner = [entry for each in inner for entry in (each.values() if isinstance(each, dict) else each)]
+    return levels
 
 
 def read_object(path: str | Path, kinds: Mapping[str, type] | None = None) -> dict[str, Any]:
@@ -79,7 +137,7 @@ def is_kind(value: Any, kind: type) -> bool:
     if kind in (int, float) and isinstance(value, bool):
         return False
     if kind is float:
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
     return isinstance(value, kind)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,40 @@ def file_in(folder: str | Path, name: Any, where: str) -> Path:
     return Path(folder) / name
 
 
+def check_variant(variant: Any) -> None:
+    """Raises ValueError unless a variant, which becomes a part of names of files, is a plain word or None."""
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-][\w.-]*", variant)):
+        raise ValueError(f"variant is {shown(variant)}; it must be a plain word, such as 'fp16'")
+
+
 def check_stays(path: Path, folder: Path) -> None:
     """Raises ValueError if what is to be written to a path in a folder would land outside of it, through a link."""
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{path} is a link that leads out of {folder}, to {path.resolve()}; nothing is written there")
+    if not resolved(path).is_relative_to(resolved(folder)):
+        raise ValueError(f"{path} is a link that leads out of {folder}, to {resolved(path)}; nothing is written there")
 
 
 def check_links(folder: Path) -> None:
-    """Raises ValueError if a link below a folder leads out of it, so that copying it would copy something else.
+    """Raises ValueError if a link below a folder leads out of it, so that copying it would copy something else, or to a
+    folder in which copying would go in circles.
 
-    The hub's cache, whose snapshots are links to files beside them, is no other folder.
+    The hub's cache, whose snapshots are links to files beside them, is no other folder. A link in the folder itself may
+    lead to another folder in it.
     """
-    within = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        within.append((folder.resolve().parent.parent / "blobs").resolve())
+    within = [resolved(folder)]
+    if resolved(folder).parent.name == "snapshots":
+        within.append(resolved(resolved(folder).parent.parent / "blobs"))
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(each) for each in within):
+        if not path.is_symlink():
+            continue
+        if not any(resolved(path).is_relative_to(each) for each in within):
             raise ValueError(
-                f"{path} is a link that leads out of {folder}, to {path.resolve()}; put a copy in its place if that "
+                f"{path} is a link that leads out of {folder}, to {resolved(path)}; put a copy in its place if that "
                 "file belongs to the model"
             )
+        if path.is_dir() and (path.parent != folder or within[0].is_relative_to(resolved(path))):
+            raise ValueError(f"{path} is a link to the folder {resolved(path)}; put a copy in its place, or remove it")
+
+
+def resolved(path: str | Path) -> Path:
+    """Where a path leads, through all links; one that leads back to itself is where it is."""
+    return Path(os.path.realpath(path))

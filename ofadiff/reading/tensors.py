@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ofadiff.reading.files import check_file
+
 # What lies in place of weights where a download went wrong, by how the file begins.
 INSTEAD = {
     b"version https://git-lfs": "it is the pointer of a file that git-lfs has not fetched (`git lfs pull` does)",
@@ -27,8 +29,7 @@ def open_tensors(file: str | Path) -> Iterator[Any]:
         FileNotFoundError: If there is none.
         ValueError: If the file is damaged, cut short, something else, or lacks a tensor that is asked for.
     """
-    if Path(file).is_dir():
-        raise ValueError(f"{file} is a folder; it must be a safetensors file")
+    check_file(file)
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ofadiff.reading.json_file import check_object, read_object, shown
+from ofadiff.reading.json_file import check_object, parse_json, read_object, shown
 from ofadiff.reading.tensors import open_tensors, read_metadata
 from ofadiff.recordings.nested import DTYPES, Tensors, digest_of, from_spec, tensor_names, to_spec
 from ofadiff.recordings.recorded_call import Answer, RecordedCall
@@ -175,8 +175,8 @@ def write_call(folder: Path, number: int, steps: Sequence[tuple[int, tuple, dict
 def _contents(file: Path) -> list[Any]:
     """What a file holds. Raises ValueError if it is damaged."""
     try:
-        contents = json.loads(read_metadata(file)[KEY])
-    except (KeyError, RecursionError, ValueError) as error:
+        contents = parse_json(read_metadata(file)[KEY], f"what {file} says of itself")
+    except (KeyError, ValueError) as error:
         raise ValueError(_damage(file, error)) from error
     entries = contents if isinstance(contents, list) else [None]
     if not all(isinstance(entry, dict) and entry.keys() >= ENTRY for entry in entries):

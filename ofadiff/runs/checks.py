@@ -11,9 +11,10 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import whoami
 
-from ofadiff.reading.names import check_links
+from ofadiff.reading.names import check_links, resolved
 from ofadiff.runs.settings import Optimization, Output, RunSettings, Watching
 from ofadiff.storage.ofa_config import ADAPTERS_NAME
+from ofadiff.storage.output import check_folder
 from ofadiff.training.checkpoint import check_flags, find_checkpoint, list_checkpoints, read_flags
 from ofadiff.training.sharding import check_sharding, is_sharded
 
@@ -119,9 +120,10 @@ def check_output_dir(settings: RunSettings) -> None:
     folder, resume = Path(output.output_dir), watching.resume_from_checkpoint
     if output.overwrite_output_dir and resume:
         raise ValueError("--overwrite_output_dir and --resume_from_checkpoint exclude each other")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file")
-    if folder.resolve() == Path(settings.model.pretrained_model_name_or_path).resolve():
+    data, model = settings.data.train_data_dir, settings.model.pretrained_model_name_or_path
+    read = [data] if settings.one_size is not None and settings.one_size.lora_rank else [data, model]
+    check_folder("--output_dir", folder, read)
+    if resolved(folder) == resolved(model):
         raise ValueError(f"--output_dir {folder} is the pretrained model's own folder")
     if output.overwrite_output_dir or not folder.exists():
         return

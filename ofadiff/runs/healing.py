@@ -17,6 +17,7 @@ from ofadiff.denoisers.kind import CAPTIONS
 from ofadiff.denoisers.original import Original, cannot_load, read_any_original, read_original
 from ofadiff.dtypes import PRECISIONS
 from ofadiff.extraction.subnet import extract
+from ofadiff.reading.names import resolved
 from ofadiff.runs.checks import begin, check_same_flags
 from ofadiff.runs.recorded import build_recorded
 from ofadiff.runs.result import upload
@@ -28,6 +29,7 @@ from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.storage.around import copy_pipeline, save_around
 from ofadiff.storage.digest import digest_of_weights
 from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
+from ofadiff.storage.output import check_folder
 from ofadiff.storage.pipeline_folder import find_denoiser, local_folder
 from ofadiff.storage.strangers import check_model
 from ofadiff.training.bundles import TrainingResult
@@ -186,7 +188,7 @@ def save_healed(run: Run, single: SingleSize, result: TrainingResult, output_dir
     if accelerator.is_main_process:
         with finished_first(f"{out} is written"):
             if one.lora_rank:
-                if out.resolve() != folder.resolve():
+                if resolved(out) != resolved(folder):
                     copy_pipeline(folder, out)
                 save_size_adapter(SizeAdapter.from_model(single.model), out / component, single.sizes[0])
             else:
@@ -209,6 +211,7 @@ def check_output(settings: RunSettings, component: str) -> None:
     assert one is not None
     folder, out = Path(settings.model.pretrained_model_name_or_path), Path(settings.output.output_dir)
     training = Path(settings_of_training(settings).output.output_dir)
+    check_folder("--output_dir", out, [str(folder)])
     if not one.lora_rank:
         if one.lora_alpha is not None or one.lora_target_modules is not None:
             raise ValueError("--lora_alpha and --lora_target_modules are for a LoRA; give its --lora_rank")
@@ -218,7 +221,7 @@ def check_output(settings: RunSettings, component: str) -> None:
     if importlib.util.find_spec("peft") is None:
         raise ValueError("--lora_rank needs peft, which is not installed: pip install peft")
     resumed = watching.resume_from_checkpoint is not None and bool(list_checkpoints(training))
-    if out.is_dir() and out.resolve() != folder.resolve() and not resumed and set(out.iterdir()) - {training}:
+    if out.is_dir() and resolved(out) != resolved(folder) and not resumed and set(out.iterdir()) - {training}:
         raise ValueError(
             f"--output_dir {out} is not empty; give {folder} itself for the adapter, or a new folder for a copy "
             "with it; to add an adapter to a copy that has some, give the copy as --pretrained_model_name_or_path too"

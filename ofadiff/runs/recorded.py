@@ -28,6 +28,7 @@ from ofadiff.dtypes import PRECISIONS, torch_dtype_taken
 from ofadiff.pipelines.calls import check_calls, described, parsed_value, read_calls
 from ofadiff.pipelines.ofa_pipeline import OFAPipeline, stock_pipeline_class
 from ofadiff.pipelines.recording import record
+from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.recordings.folder import DESCRIPTION_NAME, Recordings, check_same_model, read_description, recorded_calls
 from ofadiff.recordings.joining import can_be_joined
 from ofadiff.recordings.samples import RecordedSamples
@@ -86,7 +87,7 @@ def load_whole_pipeline(original: Original, dtype: torch.dtype) -> Any:
     loader = OFAPipeline if sized else pipeline_class(original)
     try:
         check_pipeline(original.folder, original.variant, without)
-        with torch_dtype_taken():
+        with torch_dtype_taken(), in_one_sentence(f"{original.folder} cannot be loaded"):
             options = {"variant": original.variant, "torch_dtype": dtype, "use_safetensors": True}
             return loader.from_pretrained(original.folder, **options, **without)
     except (AttributeError, OSError, ValueError) as error:

@@ -10,6 +10,9 @@ from ofadiff.reading.json_file import read_object, shown
 
 INDEX_NAME = "model_index.json"
 
+# What a library, and a class in it, may be called.
+DOTTED = re.compile(r"\w+(\.\w+)*")
+
 
 def read_index(folder: str | Path) -> dict[str, Any]:
     """What `model_index.json` in a pipeline's folder says.
@@ -31,7 +34,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         of_two = isinstance(value, list) and len(value) == 2 and any(isinstance(entry, str | None) for entry in value)
         is_component = not name.startswith("_") and (of_two or (Path(folder) / name).is_dir())
         absent = value == [None, None]
-        pair = of_two and all(isinstance(entry, str) for entry in value)
+        pair = of_two and all(isinstance(entry, str) and DOTTED.fullmatch(entry) for entry in value)
         if is_component and not (pair or absent):
             raise ValueError(f"{path} says {shown(value)} of its {name}; it must be a library and a class")
     return index

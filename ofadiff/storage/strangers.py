@@ -25,7 +25,10 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from ofadiff.reading.json_file import is_kind, read_object, shown
+from ofadiff.reading.files import check_files
+from ofadiff.reading.json_file import check_object, is_kind, read_object, shown
+from ofadiff.reading.names import check_variant
+from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.reading.tensors import read_shapes
 from ofadiff.storage.files import weight_files
 from ofadiff.storage.pipeline_index import INDEX_NAME, components_in, read_index
@@ -72,7 +75,8 @@ def check_pipeline(
     Raises:
         FileNotFoundError: If a model has no weights.
         ValueError: If a class is no installed library's, weights are no safetensors, are damaged or do not fit their
-            configuration, or a configuration is none or asks for more than the weights hold.
+            configuration, a configuration is none or asks for more than the weights hold, or what would be read is a
+            pipe or a device.
         ImportError: If a library that it needs is not installed.
     """
     folder = Path(folder)
@@ -83,13 +87,17 @@ def check_pipeline(
             continue
         cls = _class_of(folder, name, library, class_name)
         own = folder / name if (folder / name).is_dir() else folder
+        if own != folder:
+            check_files(own)
         _check_configs(own, class_name)
         if cls is None:
             continue
         if issubclass(cls, diffusers.DiffusionPipeline):
+            if own == folder:
+                raise ValueError(f"{folder} names the pipeline {class_name} for its {name}, and has no such folder")
             check_pipeline(own, variant)
         elif issubclass(cls, diffusers.SchedulerMixin):
-            _check_scheduler(own)
+            _check_scheduler(own, cls)
         elif issubclass(cls, nn.Module):
             check_model(own, cls, variant)
 
@@ -141,6 +149,8 @@ def _class_of(folder: Path, name: str, library: str, class_name: str) -> Any:
         raise ValueError(
             f"{folder / INDEX_NAME} names {class_name} of {library} for its {name}, which it does not have"
         )
+    if found is not None and not inspect.isclass(found) and library in LIBRARIES:
+        raise ValueError(f"{folder / INDEX_NAME} names {class_name} of {library} for its {name}, which is no class")
     cls = found if inspect.isclass(found) else None
     own = library not in LIBRARIES and not _is_pipeline_module(library)
     if own and (cls is None or not issubclass(cls, (nn.Module, diffusers.ConfigMixin))):
@@ -179,16 +189,22 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
         yield from _objects(entry)
 
 
-def _check_scheduler(folder: Path) -> None:
-    """Raises ValueError if a scheduler's tables would be longer than any are."""
+def _check_scheduler(folder: Path, cls: Any) -> None:
+    """Raises ValueError if a scheduler's tables would be longer than any are, or its configuration makes none."""
     path = folder / "scheduler_config.json"
-    if path.is_file():
-        steps = read_object(path).get("num_train_timesteps", 1)
-        if not (is_kind(steps, int) and 1 <= steps <= MOST_TIMESTEPS):
-            raise ValueError(
-                f"{path} has the num_train_timesteps {shown(steps)}; it must be a whole number from 1 to "
-                f"{MOST_TIMESTEPS}"
-            )
+    if not path.is_file():
+        return
+    values = read_object(path)
+    steps = values.get("num_train_timesteps", 1)
+    if not (is_kind(steps, int) and 1 <= steps <= MOST_TIMESTEPS):
+        raise ValueError(
+            f"{path} has the num_train_timesteps {shown(steps)}; it must be a whole number from 1 to {MOST_TIMESTEPS}"
+        )
+    for name, value in values.items():  # lengths of other lists, such as the order of a solver
+        if is_kind(value, int) and abs(value) > MOST_TIMESTEPS:
+            raise ValueError(f"{path} has the {name} {shown(value)}; numbers there are at most {MOST_TIMESTEPS}")
+    with in_one_sentence(f"{path} does not make a {cls.__name__}"):
+        cls.from_config(values)
 
 
 def check_model(folder: str | Path, cls: Any, variant: str | None = None) -> None:
@@ -209,9 +225,10 @@ def check_model(folder: str | Path, cls: Any, variant: str | None = None) -> Non
     folder = Path(folder)
     stored = stored_shapes(folder, cls, variant)
     config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    check_object(config, str(folder / "config.json"), {}, {"quantization_config": dict})
     model = empty_model(folder, cls, MODULES_PER_TENSOR * len(stored) + MODULES)
     named = dict(model.state_dict())
-    held, quantized = sum(map(math.prod, stored.values())), "quantization_config" in config
+    held, quantized = sum(map(math.prod, stored.values())), config.get("quantization_config") is not None
     if not quantized:
         for name, tensor in named.items():
             if name in stored and tuple(tensor.shape) != stored[name]:
@@ -236,6 +253,7 @@ def check_model(folder: str | Path, cls: Any, variant: str | None = None) -> Non
 
 def stored_shapes(folder: Path, cls: Any, variant: str | None = None) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's stored tensors, by name; see `check_model`."""
+    check_variant(variant)
     single = SAFETENSORS_WEIGHTS_NAME if issubclass(cls, diffusers.ModelMixin) else TRANSFORMERS_WEIGHTS
     own = variant if variant and any(folder.glob(f"*.{variant}*.safetensors")) else None
     try:

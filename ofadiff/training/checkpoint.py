@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 DENOISER = "denoiser"
 
+STATE_NAME = "state.json"
+
 # A checkpoint's folder, or one that was being replaced when a kill came.
 NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)-replaced")
 
@@ -47,8 +49,8 @@ SETTINGS = {
     "momentum": "momentum",
 }
 
-# What `state.json` says; what the second one names older checkpoints have not kept, or it may be null.
-STATE = {
+# What it says beside tensors; what the second one names older checkpoints have not kept, or it may be null.
+STATE: dict[str, type] = {
     "run": dict,
     "step": int,
     "seconds": float,
@@ -58,7 +60,7 @@ STATE = {
     "param_groups": list,
     "lr_scheduler": dict,
 }
-OPTIONAL = {
+OPTIONAL: dict[str, type] = {
     "flags": dict,
     "place": list,
     "unreadable": int,
@@ -159,7 +161,7 @@ def save_checkpoint(
     _remove_leftovers(output_dir)
     with _said_what_is_left(checkpoint), sealed_aside(checkpoint) as unfinished:
         _write_tensors(state, tensors, unfinished)
-        (unfinished / "state.json").write_text(json.dumps(rest, indent=2) + "\n")
+        (unfinished / STATE_NAME).write_text(json.dumps(rest, indent=2) + "\n")
     if total_limit is not None:
         _keep_newest(checkpoint, total_limit)
     return checkpoint
@@ -179,7 +181,7 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
         state.supernet.load(checkpoint / DENOISER)
     else:
         _load_supernet(state.supernet, checkpoint)
-    saved = _read_state(checkpoint)
+    saved = read_state(checkpoint)
 
     trained = trained_weights(state.supernet.model)
     file = checkpoint / "ema.safetensors"
@@ -205,21 +207,35 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     state.history = _read_history(checkpoint, saved["history"])
 
 
+def read_state(checkpoint: str | Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors.
+
+    Raises:
+        ValueError: If it does not say that, or the folder is no checkpoint.
+    """
+    path = Path(checkpoint) / STATE_NAME
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} is not a checkpoint: it has no {path.name}")
+    saved = read_object(path)
+    check_object(saved, str(path), STATE, OPTIONAL)
+    return saved
+
+
 def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
     """Raises ValueError unless the checkpoint was written by a run with these values."""
-    saved = _read_state(Path(checkpoint))["run"]
+    saved = read_state(checkpoint)["run"]
     for name in sorted(saved.keys() | run.keys()):
         _check(Path(checkpoint), name, saved.get(name), run.get(name))
 
 
 def read_flags(checkpoint: str | Path) -> dict[str, Any]:
     """What the run that wrote a checkpoint was asked for; older ones have kept nothing."""
-    return _read_state(Path(checkpoint)).get("flags") or {}
+    return read_state(checkpoint).get("flags") or {} if (Path(checkpoint) / STATE_NAME).is_file() else {}
 
 
 def read_step(checkpoint: str | Path) -> int:
     """The optimizer steps that a checkpoint's run had made."""
-    return _read_state(Path(checkpoint))["step"]
+    return read_state(checkpoint)["step"]
 
 
 def check_flags(checkpoint: str | Path, flags: Mapping[str, Any], may_change: Collection[str]) -> None:
@@ -240,19 +256,9 @@ def check_flags(checkpoint: str | Path, flags: Mapping[str, Any], may_change: Co
             )
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint's `state.json` says. Raises ValueError if there is none, or it says something else."""
-    path = checkpoint / "state.json"
-    if not path.is_file():
-        raise ValueError(f"{checkpoint} is not a checkpoint: it has no {path.name}")
-    saved = read_object(path)
-    check_object(saved, str(path), STATE, OPTIONAL)
-    return saved
-
-
 def _read_history(checkpoint: Path, saved: Mapping[str, Any]) -> dict[int, dict[float, float]]:
     """Validation losses, whose steps and sizes JSON keeps as text."""
-    where = f"the history in {checkpoint / 'state.json'}"
+    where = f"the history in {checkpoint / STATE_NAME}"
     history = {}
     for step, losses in saved.items():
         check_object(losses, f"step {shown(step)} of {where}", {})
@@ -267,10 +273,10 @@ def _read_history(checkpoint: Path, saved: Mapping[str, Any]) -> dict[int, dict[
 
 def _check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Raises ValueError if an optimizer was made with other settings than the checkpoint's, which replace them."""
-    saved = _read_state(checkpoint)["param_groups"]
+    saved = read_state(checkpoint)["param_groups"]
     _check(checkpoint, "number of the optimizer's groups of weights", len(saved), len(optimizer.param_groups))
     for theirs, ours in zip(saved, optimizer.param_groups, strict=True):
-        check_object(theirs, f"a group of weights in {checkpoint / 'state.json'}", {"params": list})
+        check_object(theirs, f"a group of weights in {checkpoint / STATE_NAME}", {"params": list})
         for name in SETTINGS:
             if name in theirs and name in ours:
                 value = list(ours[name]) if isinstance(ours[name], tuple) else ours[name]
@@ -354,11 +360,11 @@ def find_torn(checkpoint: Path, contents: bool = True) -> str | None:
         contents: Whether every file is read; otherwise only its length is looked at.
     """
     try:
-        saved = read_json(checkpoint / "state.json")
+        saved = read_json(checkpoint / STATE_NAME)
     except FileNotFoundError:
-        return "state.json is missing"
+        return f"{STATE_NAME} is missing"
     except ValueError:
-        return "state.json is no JSON"
+        return f"{STATE_NAME} is no JSON"
     if (isinstance(saved, dict) and "digests" in saved) or (checkpoint / DIGESTS_NAME).exists():
         return find_fault(checkpoint, contents)
     for name in ("ema.safetensors", "optimizer.safetensors"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import string
 import struct
@@ -109,6 +110,22 @@ def edit(name, change):
         values = json.loads(path.read_text())
         changed = change(values)
         path.write_text(json.dumps(values if changed is None else changed))
+
+    return broken
+
+
+def changed(name, **values):
+    """A JSON file whose object has other values."""
+    return edit(name, lambda before: before.update(values))
+
+
+def pipe(name):
+    """A named pipe, into which nobody writes, in place of a file."""
+
+    def broken(place):
+        path = place / name
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
 
     return broken
 

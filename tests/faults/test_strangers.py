@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.conftest import bomb, edit, write
+from faults.conftest import bomb, edit, pipe, write
+from PIL import Image
 from training.conftest import fresh_accelerate  # noqa: F401
 
 from ofadiff import OFAPipeline, Supernet
 from ofadiff.adapters.size_adapter import SizeAdapter, save_size_adapter, save_size_adapters
 from ofadiff.commands.page import Served
 from ofadiff.data.decoding import open_image
+from ofadiff.data.hub_datasets import load_dataset_split
 from ofadiff.data.shards import ERROR, TarShards, decode_column
 from ofadiff.denoisers.original import read_original
 from ofadiff.evaluation.checkpoints import open_pipeline
@@ -186,6 +188,12 @@ def test_images_and_archives_that_claim_more_than_they_are(place, monkeypatch):
     place.folder.joinpath("bomb.png").write_bytes(bomb())
     with pytest.raises(ValueError, match="2500000000 pixels"):
         open_image(place.folder / "bomb.png")
+    # A program in PostScript, which Pillow would have Ghostscript run, under the name of a picture.
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(program)).format == "EPS"
+    for given in (program, write("program.png", program)(place) or place.folder / "program.png"):
+        with pytest.raises(OSError, match="cannot identify"):
+            open_image(given)
     monkeypatch.setattr("ofadiff.data.shards.MOST_BYTES", 1000)
     with tarfile.open(place.folder / "0.tar.gz", "w:gz") as archive:
         info = tarfile.TarInfo("a.png")
@@ -250,6 +258,19 @@ def test_a_checkpoint_to_resume_from_holds_no_pickle(place):
     Supernet.from_pretrained(folder / "denoiser")
     assert not mark.exists()
     assert not [path for path in (ROOT / "tests/fixtures").rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
+
+
+def test_nothing_waits_for_a_pipe(place):
+    doors = {
+        "text/tokenizer/vocab.json": lambda: open_pipeline(str(place / "text"), torch.float32, CPU),
+        "checkpoint/scheduler/notes": lambda: OFAPipeline.from_pretrained(place / "checkpoint", size=0.6),
+        "recordings/calls/000000.safetensors": lambda: Recordings(place / "recordings"),
+        "captioned/metadata.jsonl": lambda: load_dataset_split(str(place / "captioned")),
+    }
+    for name, door in doors.items():
+        pipe(name)(place)
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} is a pipe"):
+            door()
 
 
 def test_threats_and_their_tests():

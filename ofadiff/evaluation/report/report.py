@@ -12,6 +12,7 @@ from ofadiff.evaluation.report.quality_plot import quality_plot
 from ofadiff.evaluation.report.results import Results
 from ofadiff.evaluation.report.rows import JOINT, MISSED_NOTE, Column, Row
 from ofadiff.evaluation.report.sample_grid import sample_grid
+from ofadiff.reading.json_file import read_json
 
 
 class Report(Results):
@@ -58,14 +59,14 @@ class Report(Results):
             ValueError: If the file is no such report.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path)
             return cls(
                 content["title"],
                 {name: Column(**column) for name, column in content["columns"].items()},
                 [Row(**row) for row in content["rows"]],
                 content["protocol"],
             )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no report of ofadiff: {error!r}") from error
 
     def write(self, output_dir: str | Path) -> None:
