@@ -16,7 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from diffusers import DiffusionPipeline
@@ -82,7 +82,7 @@ class Budget:
         return cls(latency_ms, None if memory is None else _bytes(memory, name))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -178,9 +178,8 @@ def cost_of_call(pipeline: Any, call: Mapping[str, Any]) -> CallCost:
 def _share_of_the_way(arguments: Mapping[str, Any]) -> float:
     """How much of the way from noise to image a call with these arguments denoises."""
     strength, begin, end = (arguments.get(name) for name in ("strength", "denoising_start", "denoising_end"))
-    if not _is_number(begin):
-        begin = 1 - strength if _is_number(strength) else 0
-    share = (end if _is_number(end) else 1) - begin
+    first = begin if _is_number(begin) else 1 - strength if _is_number(strength) else 0
+    share = (end if _is_number(end) else 1) - first
     return share if 0 < share <= 1 else 1.0  # what cannot be is the pipeline's to refuse
 
 
