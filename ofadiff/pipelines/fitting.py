@@ -174,9 +174,8 @@ def cost_of_call(pipeline: Any, call: Mapping[str, Any]) -> CallCost:
 def _share_of_the_way(arguments: Mapping[str, Any]) -> float:
     """How much of the way from noise to image a call with these arguments denoises."""
     strength, begin, end = (arguments.get(name) for name in ("strength", "denoising_start", "denoising_end"))
-    if not is_number(begin):
-        begin = 1 - strength if is_number(strength) else 0
-    share = (end if is_number(end) else 1) - begin
+    first = begin if is_number(begin) else 1 - strength if is_number(strength) else 0
+    share = (end if is_number(end) else 1) - first
     return share if 0 < share <= 1 else 1.0  # what cannot be is the pipeline's to refuse
 
 
