@@ -43,7 +43,6 @@ from ofadiff.pipelines.fitting import (
 from ofadiff.pipelines.guidance import check_guidance, guided
 from ofadiff.pipelines.one_size import OneSizePipeline, one_size_pipeline_class
 from ofadiff.pipelines.steps import following
-from ofadiff.reading.names import check_variant
 from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.size_schedule import SizeSchedule
 from ofadiff.sizes import SizeTable
@@ -114,7 +113,6 @@ class OFAPipeline:
                     f"{argument} is not supported for an OFA checkpoint; extract a size and load that with it"
                 )
         forbid_pickles(kwargs)
-        check_variant(kwargs.get("variant"))
         directory = local_folder(pretrained_model_name_or_path, kwargs)
         if size == "fit":
             return cls._largest_that_fits(directory, kwargs)
