@@ -43,7 +43,6 @@ from ofadiff.pipelines.fitting import (
 from ofadiff.pipelines.guidance import check_guidance, guided
 from ofadiff.pipelines.one_size import OneSizePipeline, one_size_pipeline_class
 from ofadiff.pipelines.steps import following
-from ofadiff.reading.names import check_variant
 from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.size_schedule import SizeSchedule
 from ofadiff.sizes import SizeTable
@@ -114,7 +113,6 @@ class OFAPipeline:
                     f"{argument} is not supported for an OFA checkpoint; extract a size and load that with it"
                 )
         forbid_pickles(kwargs)
-        check_variant(kwargs.get("variant"))
         directory = local_folder(pretrained_model_name_or_path, kwargs)
         if size == "fit":
             return cls._largest_that_fits(directory, kwargs)
@@ -130,14 +128,7 @@ class OFAPipeline:
             directory, kwargs.get("variant"), {*names, *kwargs}, custom or bool(kwargs.get("trust_remote_code"))
         )
         tables = {name: SizeTable.from_dict(read_ofa_config(directory / name)) for name in names}
-        if kwargs.get("dtype") is not None and kwargs.get("torch_dtype") is not None:
-            raise ValueError(
-                f"dtype is {kwargs['dtype']} and torch_dtype is {kwargs['torch_dtype']}; they are two names of one "
-                "argument, so give one of them"
-            )
-        # Either name does, whichever the installed diffusers knows.
-        dtypes: Any = kwargs.pop("dtype", None) or kwargs.get("torch_dtype")
-        kwargs |= {} if dtypes is None else {"torch_dtype": dtypes}
+        dtypes = _taken_dtypes(kwargs)
         denoisers = {}
         for name, subnets in tables.items():
             own = dtypes.get(name, dtypes.get("default", torch.float32)) if isinstance(dtypes, dict) else dtypes
@@ -558,6 +549,19 @@ def _library_of(code: Any) -> str:
 def _new_pipeline(stock: type[DiffusionPipeline]) -> DiffusionPipeline:
     cls: Any = ofa_pipeline_class(stock)  # type: ignore[arg-type]
     return cls.__new__(cls)
+
+
+def _taken_dtypes(kwargs: dict[str, Any]) -> Any:
+    """What `torch_dtype=` or `dtype=` says, which is left under the first name; raises ValueError if both are there."""
+    if kwargs.get("dtype") is not None and kwargs.get("torch_dtype") is not None:
+        raise ValueError(
+            f"dtype is {kwargs['dtype']} and torch_dtype is {kwargs['torch_dtype']}; they are two names of one "
+            "argument, so give one of them"
+        )
+    # Either name does, whichever the installed diffusers knows.
+    dtypes = kwargs.pop("dtype", None) or kwargs.get("torch_dtype")
+    kwargs |= {} if dtypes is None else {"torch_dtype": dtypes}
+    return dtypes
 
 
 def _check_denoisers_not_passed(names: Sequence[str], kwargs: dict[str, Any]) -> None:

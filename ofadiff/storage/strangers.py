@@ -79,6 +79,7 @@ def check_pipeline(
             pipe or a device.
         ImportError: If a library that it needs is not installed.
     """
+    check_variant(variant)
     folder = Path(folder)
     index = read_index(folder)
     check_no_code(folder, own_class)

@@ -181,7 +181,7 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
         state.supernet.load(checkpoint / DENOISER)
     else:
         _load_supernet(state.supernet, checkpoint)
-    saved = read_state(checkpoint)
+    saved = read_state(checkpoint, *STATE)
 
     trained = trained_weights(state.supernet.model)
     file = checkpoint / "ema.safetensors"
@@ -207,8 +207,12 @@ def load_checkpoint(state: TrainingState, checkpoint: str | Path) -> None:
     state.history = _read_history(checkpoint, saved["history"])
 
 
-def read_state(checkpoint: str | Path) -> dict[str, Any]:
+def read_state(checkpoint: str | Path, *names: str) -> dict[str, Any]:
     """What a checkpoint says beside its tensors.
+
+    Args:
+        checkpoint: Its folder.
+        names: Those of `STATE` that it must say.
 
     Raises:
         ValueError: If it does not say that, or the folder is no checkpoint.
@@ -216,14 +220,14 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
     path = Path(checkpoint) / STATE_NAME
     if not path.is_file():
         raise ValueError(f"{checkpoint} is not a checkpoint: it has no {path.name}")
-    saved = read_object(path)
-    check_object(saved, str(path), STATE, OPTIONAL)
+    saved = read_object(path, {name: STATE[name] for name in names})
+    check_object(saved, str(path), {}, OPTIONAL)
     return saved
 
 
 def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
     """Raises ValueError unless the checkpoint was written by a run with these values."""
-    saved = read_state(checkpoint)["run"]
+    saved = read_state(checkpoint, "run")["run"]
     for name in sorted(saved.keys() | run.keys()):
         _check(Path(checkpoint), name, saved.get(name), run.get(name))
 
@@ -235,7 +239,7 @@ def read_flags(checkpoint: str | Path) -> dict[str, Any]:
 
 def read_step(checkpoint: str | Path) -> int:
     """The optimizer steps that a checkpoint's run had made."""
-    return read_state(checkpoint)["step"]
+    return read_state(checkpoint, "step")["step"]
 
 
 def check_flags(checkpoint: str | Path, flags: Mapping[str, Any], may_change: Collection[str]) -> None:
@@ -273,7 +277,7 @@ def _read_history(checkpoint: Path, saved: Mapping[str, Any]) -> dict[int, dict[
 
 def _check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Raises ValueError if an optimizer was made with other settings than the checkpoint's, which replace them."""
-    saved = read_state(checkpoint)["param_groups"]
+    saved = read_state(checkpoint, "param_groups")["param_groups"]
     _check(checkpoint, "number of the optimizer's groups of weights", len(saved), len(optimizer.param_groups))
     for theirs, ours in zip(saved, optimizer.param_groups, strict=True):
         check_object(theirs, f"a group of weights in {checkpoint / STATE_NAME}", {"params": list})

@@ -1,6 +1,8 @@
 """The commands, on tiny models, as `ofadiff …` runs them."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 
@@ -18,6 +20,8 @@ from ofadiff.commands import command
 from ofadiff.commands.app import main, make_app
 
 pytestmark = pytest.mark.slow
+
+UNREAD = 141  # as a shell says of what `| head` has ended
 
 TINY = {
     "max_train_steps": 1,
@@ -198,3 +202,14 @@ def test_a_missing_extra_is_one_sentence(digits, tmp_path):
     for missing, (_, said) in MISSING.items():
         assert f"ofadiff: error: {said}\n{missing} 2\n" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_nothing_is_said_where_nobody_reads(lines, capfd):
+    app = command.make_app("speaks")
+    app.default(lambda: print("a line\n" * lines))
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as unread, contextlib.redirect_stdout(unread), pytest.raises(SystemExit) as stop:
+        command.main(app, [])
+    assert stop.value.code == UNREAD and not capfd.readouterr().err

@@ -347,12 +347,17 @@ FILES = [
         ("no class",),
         changed(INDEX, scheduler=["diffusers", "utils"]),
     ),
-    Case("a pipeline in itself", whole_checkpoint, ("'again'",), changed(INDEX, again=["diffusers", "DDPMPipeline"])),
+    Case(
+        "a pipeline in itself",
+        whole_checkpoint,
+        ("for its again",),
+        changed(INDEX, again=["diffusers", "DDPMPipeline"]),
+    ),
     Case(
         "a run's state of other types",
         lambda p: read_flags(p / "run"),
-        ("state.json", "run 3", "an object"),
-        write("run/state.json", '{"run": 3, "step": 1}'),
+        ("state.json", "flags 3", "an object"),
+        write("run/state.json", '{"flags": 3}'),
     ),
     Case("half a character", lambda p: read_prompts(p / "a.json"), ("a.json", "half"), write("a.json", '["\\ud800"]')),
     Case(
