@@ -17,6 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[2]
 
+# Where what is started finds modules of tests.
+PATHS = (ROOT, ROOT / "tests", ROOT / "tests" / "unet_elastic")
+
 # A process that does not end in so many seconds never will.
 PATIENCE = 600
 
@@ -46,7 +49,7 @@ class Nursery:
     seconds: float = 0.0  # that the last start took
 
     def __enter__(self):
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PATHS)), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("nursery.py"))]
         with (self.folder / "nursery.log").open("w") as errors:
             self.process = subprocess.Popen(

@@ -28,7 +28,7 @@ SDXL = {
     "norm_num_groups": 8,
     "cross_attention_dim": 32,
     "attention_head_dim": (2, 4),
-    "transformer_layers_per_block": (1, 2),
+    "transformer_layers_per_block": (1, 1),
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,

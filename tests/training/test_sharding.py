@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,22 +29,14 @@ BLOCKS, ACTIVATIONS = 3, 2**20
 # Of tensors that are too small to be counted one by one.
 SMALL = 2**16
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
+def sharded(nursery, tmp_path_factory):
     """What two processes under FSDP have written."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "tests" / "training" / "sharded_run.py"), str(folder)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'unet_elastic'}",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(command, env={**environment, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run = str(Path(__file__).with_name("sharded_run.py"))
+    ended, log = nursery.start({"recipe": run, "words": [str(folder)], "processes": 2, "sharded": False})
+    assert ended == [0, 0], log
     return folder
 
 
