@@ -101,7 +101,7 @@ class SizeTable(Sequence[Subnet]):
         if size == "largest":
             return self.subnets[-1]
         for subnet in self.subnets:
-            if subnet.size == size:
+            if subnet.size == size and not isinstance(size, bool):  # True is 1.0 to Python, but no size
                 return subnet
         listed = ", ".join(f"{known:g}" for known in self.sizes)
         raise ValueError(f"size is {size!r}; it must be one of {listed}, 'smallest' or 'largest'")

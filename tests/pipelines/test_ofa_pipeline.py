@@ -179,6 +179,8 @@ def test_text_to_image_at_a_size(tmp_path):
 def test_bad_input(folder, tmp_path):
     with pytest.raises(ValueError, match=r"size is 0\.3; it must be one of 0\.5, 1"):
         OFAPipeline.from_pretrained(folder, size=0.3)
+    with pytest.raises(ValueError, match=r"size is True; it must be one of 0\.5, 1"):
+        OFAPipeline.from_pretrained(folder, size=True)
     with pytest.raises(ValueError, match="unet cannot be passed"):
         OFAPipeline.from_pretrained(folder, unet=plain_unet())
     with pytest.raises(ValueError, match="holds a supernet"):
