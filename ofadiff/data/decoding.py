@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -87,9 +86,8 @@ def _opened(file: Any) -> Image.Image:
         raise ValueError(f"it claims more pixels than are decoded: {error}") from error
 
 
-@functools.cache
 def _formats() -> list[str]:
-    """The formats that are opened: all that Pillow reads by itself."""
+    """The formats that are opened: all that Pillow reads by itself, with those of plugins that were registered."""
     Image.init()
     return [name for name in Image.ID if name not in PROGRAMS]
 
