@@ -14,8 +14,9 @@ from typing import NoReturn
 
 from ofadiff.training.interrupts import InterruptedRun, name_of
 
-# Processes that fail let the first one speak for so long.
-SECONDS_FOR_THE_FIRST = 5.0
+# Processes that fail let the first one speak for so long: it has to end, which takes seconds on a busy machine, before
+# its launcher ends the others.
+SECONDS_FOR_THE_FIRST = 15.0
 
 
 def who_fails() -> str:

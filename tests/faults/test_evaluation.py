@@ -45,7 +45,7 @@ def test_killed_in_two_processes_and_resumed_in_one_or_two(flags, tmp_path):  # 
             left = samples(killed)
             assert len(left) >= images and left.items() <= whole.items()
     for processes in (1, 2):
-        folder = tmp_path / f"resumed in {processes}"
+        folder = tmp_path / f"resumed-{processes}"
         shutil.copytree(killed, folder)
         for path in samples(folder):  # not only what the last kill left
             if chance.random() < 0.3:
