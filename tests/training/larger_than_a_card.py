@@ -157,11 +157,11 @@ def go_through(accelerator, name, folder, batch_size=1):
     with LiveMemory(held) as memory:
         run.validate(STEPS)
     found["validate"] = memory.most
-    with LiveMemory(held) as memory:
+    with LiveMemory(held, patient=True) as memory:
         save_checkpoint(state, folder, write=accelerator.is_main_process)
     found["checkpoint"] = memory.most
     run.finish()
-    with LiveMemory(held) as memory:
+    with LiveMemory(held, patient=True) as memory:
         supernet.save_pretrained(folder / "final", is_main_process=accelerator.is_main_process)
     found["save"] = memory.most
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])

@@ -1,5 +1,6 @@
 """Bytes of the tensors that a block of code works on, counted from inside."""
 
+import time
 import weakref
 
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 # Only more than the most so far by this is a reason to count anew.
 WORTH_COUNTING = 2**15
+# Seconds, and how often: what a thread of gloo's holds of a collective that has ended, it lets go as soon as it runs.
+MOMENT, MOMENTS = 0.002, 100
 
 
 class LiveMemory(TorchDispatchMode):
@@ -21,10 +24,12 @@ class LiveMemory(TorchDispatchMode):
     Args:
         held: Tensors that count from the beginning.
         beside: Tensors that do not count.
+        patient: Whether to wait for what only a thread holds that has done its part, and not to count it.
     """
 
-    def __init__(self, held=(), beside=()):
+    def __init__(self, held=(), beside=(), patient=False):
         super().__init__()
+        self.patient = patient
         self.beside = {storage._cdata for tensor in beside for storage in _storages(tensor)}
         self.storages, self.sizes = {}, {}
         # Of all that was seen as large as it then was: no less than there is, as FSDP empties memory unseen.
@@ -38,6 +43,10 @@ class LiveMemory(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs, out)):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
+        moments = MOMENTS if self.patient else 0
+        while self.total > self.most + WORTH_COUNTING and moments:
+            time.sleep(MOMENT)
+            moments -= 1
         if self.total > self.most + WORTH_COUNTING:
             self._count()
         return out
