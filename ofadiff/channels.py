@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ofadiff.reading.arguments import check_argument
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -229,6 +231,9 @@ def slices_by_module(groups: Sequence[ChannelGroup]) -> dict[str, list[tuple[str
 
 def check_groups(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
     """Raises ValueError if groups are those of another model: it lacks a module that they cut, or has a smaller one."""
+    check_argument("model", model, isinstance(model, nn.Module), "a denoiser, a torch.nn.Module")
+    listed = isinstance(groups, Sequence) and len(groups) > 0 and all(isinstance(each, ChannelGroup) for each in groups)
+    check_argument("groups", groups, listed, "the list of channel groups that find_channel_groups finds in the model")
     modules = dict(model.named_modules())
     for group in groups:
         for part in group.slices:
@@ -264,10 +269,12 @@ def check_widths(groups: Sequence[ChannelGroup], widths: dict[str, int]) -> None
 
 def check_scores(groups: Sequence[ChannelGroup], scores: Mapping[str, torch.Tensor]) -> None:
     """Raises ValueError unless every group has finite scores of shape `(width,)` that are not negative."""
+    check_argument("scores", scores, isinstance(scores, Mapping), "a dict of tensors, of the groups by their names")
     for group in groups:
         if group.name not in scores:
             raise ValueError(f"scores lack {group.name}; every channel group needs scores of shape (width,)")
         score = scores[group.name]
+        check_argument(f"the score of {group.name}", score, isinstance(score, torch.Tensor), "a tensor")
         if tuple(score.shape) != (group.width,):
             raise ValueError(f"scores of {group.name} have shape {tuple(score.shape)}; it must be ({group.width},)")
         if not torch.isfinite(score).all() or (score < 0).any():

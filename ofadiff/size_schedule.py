@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
+import torch
+
+from ofadiff.reading.arguments import check_argument
 from ofadiff.reading.json_file import shown
 from ofadiff.reading.numbers import is_number
 from ofadiff.sizes import SizeTable
@@ -40,18 +43,21 @@ class SizeSchedule(Sequence[float]):
     measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __init__(self, sizes: Iterable[float], measured: Mapping[str, Any] | None = None) -> None:
-        values = list(sizes) if isinstance(sizes, Iterable) and not isinstance(sizes, str) else [sizes]
+        one = isinstance(sizes, (str, bytes, torch.Tensor)) or not isinstance(sizes, Iterable)
+        values: list[Any] = [sizes] if one else list(sizes)
         if not values:
             raise ValueError("sizes is empty; a schedule needs the size of at least one step")
         for value in values:
             if not (is_number(value) and value > 0):
                 raise ValueError(f"sizes has {shown(value)}; a schedule takes numbers above 0, sizes of a checkpoint")
+        told = {} if measured is None else measured
+        check_argument("measured", told, isinstance(told, Mapping), "a dict, or None")
         try:
-            json.dumps(dict(measured or {}), allow_nan=False)
+            json.dumps(dict(told), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"measured cannot be kept as JSON: {error}") from None
         object.__setattr__(self, "sizes", tuple(float(value) for value in values))
-        object.__setattr__(self, "measured", dict(measured or {}))
+        object.__setattr__(self, "measured", dict(told))
 
     def to_dict(self) -> dict[str, Any]:
         """As `ofa_config.json` keeps it."""
@@ -85,7 +91,7 @@ class SizeSchedule(Sequence[float]):
             ValueError: If there are fewer than one step.
         """
         if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"steps is {steps!r}; it must be a whole number of at least 1")
+            raise ValueError(f"steps is {shown(steps)}; it must be a whole number of at least 1")
         return SizeSchedule([self.at(step, steps) for step in range(steps)], self.measured)
 
     def at(self, step: int, steps: int) -> float:
@@ -105,7 +111,7 @@ class SizeSchedule(Sequence[float]):
 def check_schedule(subnets: SizeTable, name: str, schedule: SizeSchedule | None) -> None:
     """Raises ValueError if a schedule is none, cannot be kept under a name, or has sizes that are not in a table."""
     if schedule is not None and not isinstance(schedule, SizeSchedule):
-        raise ValueError(f"the schedule is {schedule!r}; it must be a SizeSchedule, or None to take one away")
+        raise ValueError(f"the schedule is {shown(schedule)}; it must be a SizeSchedule, or None to take one away")
     if not isinstance(name, str) or not name or name in ("smallest", "largest"):
         raise ValueError(
             f"a schedule cannot have the name {name!r}; give it a word other than 'smallest' and 'largest'"

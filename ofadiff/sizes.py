@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
+from ofadiff.reading.json_file import shown
+from ofadiff.reading.numbers import is_number
+
 CONFIG_NAME = "ofa_config.json"
 
 # How far a size may be off, as a fraction of the full model's budget, and the mark of one that is further.
@@ -96,15 +99,13 @@ class SizeTable(Sequence[Subnet]):
         Raises:
             ValueError: If there is no such size; lists those there are.
         """
-        if size == "smallest":
-            return self.subnets[0]
-        if size == "largest":
-            return self.subnets[-1]
+        if isinstance(size, str) and size in ("smallest", "largest"):
+            return self.subnets[0 if size == "smallest" else -1]
         for subnet in self.subnets:
-            if subnet.size == size and not isinstance(size, bool):  # True is 1.0 to Python, but no size
+            if is_number(size) and subnet.size == size:
                 return subnet
         listed = ", ".join(f"{known:g}" for known in self.sizes)
-        raise ValueError(f"size is {size!r}; it must be one of {listed}, 'smallest' or 'largest'")
+        raise ValueError(f"size is {shown(size)}; it must be one of {listed}, 'smallest' or 'largest'")
 
     def only(self, size: float | str) -> SizeTable:
         """A table of one of the sizes.

@@ -24,6 +24,8 @@ from ofadiff.extraction.extracted_model import ExtractedModel
 from ofadiff.extraction.subnet import extract
 from ofadiff.layers import ELASTIC, is_adaptable, make_elastic
 from ofadiff.quantized import active_parameter, check_not_quantized
+from ofadiff.reading.arguments import check_argument, check_path
+from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.size_schedule import SizeSchedule, check_schedule
 from ofadiff.sizes import SizeTable, Subnet
 from ofadiff.storage.ofa_config import load_model, read_ofa_config, read_schedules
@@ -73,6 +75,9 @@ class Supernet:
             raise ValueError(f"the model is an extracted {type(model).__name__}; compress the original model instead")
         check_groups(model, groups)
         check_scores(groups, scores)
+        table = isinstance(subnets, SizeTable) and len(subnets) > 0
+        check_argument("subnets", subnets, table, "the SizeTable that allocate gives, of one size or more")
+        check_argument("provenance", provenance, provenance is None or isinstance(provenance, dict), "a dict, or None")
         for subnet in subnets:
             check_widths(groups, subnet.widths)
         for smaller, larger in itertools.pairwise(subnets):
@@ -80,7 +85,8 @@ class Supernet:
                 raise ValueError(f"the subnets of sizes {smaller.size:g} and {larger.size:g} do not nest")
         for group in groups:
             check_not_rotated(model, group)
-        provenance = json.loads(json.dumps(provenance or {}))  # what cannot be saved is an error now
+        with in_one_sentence("the provenance cannot be kept as JSON"):
+            provenance = json.loads(json.dumps(provenance or {}))
         basis = {}
         make_model_elastic(model, groups)
         for group in groups:
@@ -395,6 +401,7 @@ class Supernet:
         for name in ("device_map", "quantization_config", "output_loading_info", "subfolder"):
             if kwargs.get(name):
                 raise ValueError(f"{name} is not supported for a supernet; load one size with OFAPipeline instead")
+        check_path("directory", directory)
         directory = Path(directory)
         values = read_ofa_config(directory)
         model = load_model(directory, model, kwargs)

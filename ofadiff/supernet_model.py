@@ -16,6 +16,7 @@ from torch import nn
 from ofadiff.adapters.loaded import check_is_lora, is_adapted, loaded_adapters, without_offloading
 from ofadiff.basis.change import BASIS_NAME
 from ofadiff.quantized import check_not_quantized
+from ofadiff.reading.arguments import check_path
 from ofadiff.reading.tensors import read_metadata
 from ofadiff.sizes import CONFIG_NAME
 from ofadiff.stand_ins.equality import SupernetType, stock_class
@@ -135,6 +136,7 @@ class SupernetModel:
 
     def check_can_be_saved(self, save_directory: str | Path) -> None:
         """Raises ValueError where saving would write something else than this supernet."""
+        check_path("save_directory", save_directory)
         if Path(save_directory).is_file():
             raise ValueError(f"{save_directory} is a file; a supernet is saved in a folder")
         if self.ofa_state is not None:

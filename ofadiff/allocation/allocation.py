@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from ofadiff.channels import ChannelGroup, check_groups, check_scores
 from ofadiff.denoisers.inputs import Inputs
 from ofadiff.profiling.cost import UnitCosts, count_macs, unit_costs
 from ofadiff.profiling.latency import LatencyCosts, measure_latency_costs
+from ofadiff.reading.arguments import check_argument, check_choice, check_number, check_whole
+from ofadiff.reading.numbers import is_number
 from ofadiff.sizes import TOLERANCE, SizeTable, Subnet
 
 
@@ -80,6 +82,8 @@ def allocate(
     _check_options(budget, min_keep, alignment)
     check_groups(model, groups)
     check_scores(groups, scores)
+    if latencies is not None:
+        check_argument("latencies", latencies, isinstance(latencies, LatencyCosts), "what measure_latency_costs found")
     costs = unit_costs(model, groups, inputs)
     if budget == "macs" and costs.macs is None:
         count_macs(model, inputs)  # says why there are none
@@ -125,12 +129,9 @@ def allocate_costs(
 
 
 def _check_options(budget: str, min_keep: float, alignment: int) -> None:
-    if budget not in BUDGETS:
-        raise ValueError(f"budget is {budget!r}; it must be one of {', '.join(BUDGETS)}")
-    if not 0 <= min_keep <= 1:
-        raise ValueError(f"min_keep is {min_keep}; it must lie in [0, 1], where 0 lets whole branches be dropped")
-    if alignment < 1:
-        raise ValueError(f"alignment is {alignment}; it must be at least 1")
+    check_choice("budget", budget, BUDGETS)
+    check_number("min_keep", min_keep, 0, 1, "a number in [0, 1], where 0 lets whole branches be dropped")
+    check_whole("alignment", alignment, 1)
 
 
 def _subnets(
@@ -163,12 +164,14 @@ def _subnets(
 
 
 def _checked_sizes(sizes: Sequence[float]) -> list[float]:
-    ordered = sorted(float(size) for size in sizes)
-    if not ordered:
+    several = isinstance(sizes, Iterable) and not isinstance(sizes, (str, torch.Tensor))
+    check_argument("sizes", sizes, several, "a list of fractions in (0, 1]")
+    given = list(sizes)
+    if not given:
         raise ValueError("sizes is empty; it must hold at least one fraction in (0, 1]")
-    for size in ordered:
-        if not 0 < size <= 1:
-            raise ValueError(f"size is {size:g}; every size must lie in (0, 1]")
+    for size in given:
+        check_argument("a size", size, is_number(size) and 0 < size <= 1, "a number; every size must lie in (0, 1]")
+    ordered = sorted(float(size) for size in given)
     if len(set(ordered)) < len(ordered):
         raise ValueError(f"sizes are {', '.join(f'{size:g}' for size in ordered)}; every size may appear once")
     return ordered

@@ -14,7 +14,7 @@ import yaml
 from cyclopts import App, CycloptsError, Parameter, ValidationError
 from cyclopts.config import Yaml
 
-from ofadiff.commands.processes import end_by_signal, sigterm_as_ctrl_c, who_fails
+from ofadiff.commands.processes import end_by_signal, preemption_as_ctrl_c, who_fails
 from ofadiff.evaluation.finite import NotFiniteError
 
 EPILOGUE = (
@@ -93,7 +93,8 @@ def check_yaml(path: str) -> None:
 def main(app: App, words: Sequence[str] | None = None) -> Any:
     """A command from the command line; ends the process with status 2 and one sentence where a user got it wrong.
 
-    After Ctrl-C the status is 130, after SIGTERM 143, and 141 where nobody reads what it prints.
+    After a signal the status is 128 and its number: 130 after Ctrl-C, 143 after SIGTERM; 141 where nobody reads what it
+    prints.
 
     Args:
         app: With one command or several.
@@ -101,7 +102,7 @@ def main(app: App, words: Sequence[str] | None = None) -> Any:
     """
     words = sys.argv[1:] if words is None else list(words)
     try:
-        with sigterm_as_ctrl_c():
+        with preemption_as_ctrl_c():
             result = call(app, words)
             sys.stdout.flush()
             return result

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from ofadiff.training.interrupts import InterruptedRun, name_of
+from ofadiff.training.interrupts import PREEMPTING, InterruptedRun, name_of
 
 # Processes that fail let the first one speak for so long: it has to end, which takes seconds on a busy machine, before
 # its launcher ends the others.
@@ -31,30 +31,38 @@ def who_fails() -> str:
     return f"process {rank}: "
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+class Preempted(KeyboardInterrupt):
+    """One of `PREEMPTING` came, with its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 @contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """A block in which SIGTERM unwinds what is being done, as Ctrl-C does, so that nothing half-made is left."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _terminate)
+def preemption_as_ctrl_c() -> Iterator[None]:
+    """A block in which `PREEMPTING` unwind what is being done, as Ctrl-C does, so that nothing half-made is left.
+
+    Those that somebody handles already stay as they are.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    taken = [number for number in PREEMPTING if main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _unwind)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+def _unwind(number: int, frame: FrameType | None) -> NoReturn:
+    raise Preempted(number)
 
 
 def end_by_signal(name: str, stop: KeyboardInterrupt) -> NoReturn:
     """Ends the process that a signal has stopped, with a sentence, of several processes from the first, and 128 + N."""
-    number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    number = signal.Signals(stop.number) if isinstance(stop, Preempted) else signal.SIGINT
     said = f"stopped by {name_of(number)}; nothing that was whole is lost: the same command begins again, and training "
     said += "goes on from its last checkpoint with --resume_from_checkpoint latest"
     if isinstance(stop, InterruptedRun):

@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from ofadiff.correction import readers
 from ofadiff.correction.equations import NormalEquations, Reduce, SplitEquations
 from ofadiff.cutting import set_widths
 from ofadiff.layers import LowRankUpdate
+from ofadiff.reading.arguments import check_argument, check_number, check_seed, check_whole, is_loader
+from ofadiff.reading.numbers import is_number
 from ofadiff.supernet import Supernet
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -148,11 +151,17 @@ def correct_readers(
         >>> left = correct_readers(supernet, batches, loss_fn)
         >>> supernet.save_pretrained("corrected")
     """
-    check_arguments(supernet, batches, weights or {}, ridge, adapter_rank, readers_at_once, max_positions)
+    weights = {} if weights is None else weights
+    check_arguments(supernet, batches, loss_fn, weights, ridge, adapter_rank, readers_at_once, max_positions)
+    check_seed("seed", seed)
+    if reduce is not None:
+        check_argument("reduce", reduce, callable(reduce), "a function of a tensor, or None")
+    split = isinstance(share, tuple) and len(share) == 2 and all(isinstance(each, Integral) for each in share)
+    check_argument("share", share, split and 0 <= share[0] < share[1], "two whole numbers, such as (0, 4)")
     model = supernet.model
     largest = LARGEST_WEIGHT_BESIDE_ADAPTERS if adapter_rank else LARGEST_WEIGHT
     counted = dict.fromkeys(supernet.sizes, 1.0) | {supernet.sizes[-1]: largest}
-    counted |= {supernet.subnets.find(each).size: weight for each, weight in (weights or {}).items()}
+    counted |= {supernet.subnets.find(each).size: weight for each, weight in weights.items()}
     work = _Correction(supernet, batches, loss_fn, counted, max_positions, seed, share)
     was_training, size = model.training, supernet.size
     with supernet.used_at(None):
@@ -172,6 +181,7 @@ def correct_readers(
 def check_arguments(
     supernet: Supernet,
     batches: Iterable[Any],
+    loss_fn: Forward,
     weights: Mapping[float, float],
     ridge: float | None,
     adapter_rank: int,
@@ -179,6 +189,10 @@ def check_arguments(
     max_positions: int,
 ) -> None:
     """Raises ValueError if something cannot work; see `correct_readers`."""
+    check_argument("supernet", supernet, isinstance(supernet, Supernet), "a Supernet")
+    check_argument("loss_fn", loss_fn, callable(loss_fn), "a function of a model and a batch")
+    check_argument("batches", batches, is_loader(batches), "a list or a loader of what loss_fn takes")
+    check_argument("weights", weights, isinstance(weights, Mapping), "a dict of numbers by sizes, or None")
     if isinstance(batches, Iterator):
         raise ValueError(
             f"batches is a {type(batches).__name__}, which can be read only once; the correction reads the same "
@@ -186,17 +200,13 @@ def check_arguments(
         )
     for size, weight in weights.items():
         supernet.subnets.find(size)
-        if not weight >= 0:
-            raise ValueError(f"weights[{size:g}] is {weight}; it must be at least 0")
-    if ridge is not None and not ridge > 0:
-        raise ValueError(f"ridge is {ridge}; it must be above 0")
-    for name, value, least in (
-        ("adapter_rank", adapter_rank, 0),
-        ("readers_at_once", readers_at_once, 1),
-        ("max_positions", max_positions, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+        check_number(f"weights[{size}]", weight, 0, words="a number of at least 0")
+    if ridge is not None:
+        check_argument("ridge", ridge, is_number(ridge) and ridge > 0, "a number above 0, or None")
+    check_whole("adapter_rank", adapter_rank, 0)
+    if readers_at_once is not None:
+        check_whole("readers_at_once", readers_at_once, 1)
+    check_whole("max_positions", max_positions, 1)
     if supernet.size_adapters:
         sizes = ", ".join(f"{size:g}" for size in supernet.size_adapters)
         raise ValueError(f"size {sizes} has an adapter already; the correction is for a supernet that is not trained")

@@ -106,9 +106,11 @@ def load_batches(data: Samples, batches: Iterable[Sequence[Key]], num_workers: i
 
 
 def leave_signals(worker: int) -> None:
-    """In a process that loads images: Ctrl-C, which a terminal sends to all, is for the one that trains to hear."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a process that loads images: what a terminal or SLURM sends to all is for the one that trains to hear."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for name in ("SIGINT", "SIGUSR1"):
+        if name in signal.Signals.__members__:
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
 def fixed_batches(

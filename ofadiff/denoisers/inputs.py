@@ -9,6 +9,7 @@ from torch import nn
 
 from ofadiff.denoisers.table import DENOISERS, kind_of_model
 from ofadiff.denoisers.zeros import NoInputsError, Zeros
+from ofadiff.reading.arguments import check_argument
 from ofadiff.recordings.folder import Recordings
 from ofadiff.recordings.recorded_call import RecordedCall, RecordedKeywords, in_dtype
 
@@ -53,11 +54,17 @@ def recorded_inputs(model: nn.Module, recordings: Recordings | RecordedCall) -> 
 
 
 def forward_inputs(model: nn.Module, inputs: Inputs | None = None) -> dict[str, Any]:
-    """Keyword arguments of one forward: those given, those of a recording, or by default `example_inputs(model)`."""
+    """Keyword arguments of one forward: those given, those of a recording, or by default `example_inputs(model)`.
+
+    Raises:
+        ValueError: If they are something else.
+    """
     if inputs is None:
         return example_inputs(model)
     if isinstance(inputs, Recordings | RecordedCall):
         return recorded_inputs(model, inputs)
+    named = isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs)
+    check_argument("inputs", inputs, named, "a dict of keyword arguments of the forward, or recordings")
     return dict(inputs) if not isinstance(inputs, RecordedKeywords) else inputs
 
 

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ofadiff.denoisers.table import component_names, kind_of_model
+from ofadiff.reading.json_file import shown
 from ofadiff.stand_ins.equality import stock_class
 from ofadiff.storage.model_classes import MODEL_CLASSES, model_class
 from ofadiff.storage.pipeline_index import read_index
@@ -61,9 +62,9 @@ def find_component(components: Mapping[str, Any], component: str | None, pipelin
         if is_denoiser(part if inspect.isclass(part) else type(unwrapped(part)))
     ]
     if component is not None:
-        if component not in found:
+        if not isinstance(component, str) or component not in found:
             raise ValueError(
-                f"component is {component!r}, which is no denoiser of this {pipeline}; it has "
+                f"component is {shown(component)}, which is no denoiser of this {pipeline}; it has "
                 f"{' and '.join(found) or 'none'}"
             )
         return component

@@ -13,6 +13,7 @@ from torch import nn
 from ofadiff.denoisers.pipelines import denoiser_of
 from ofadiff.evaluation.report.rows import JOINT, TEACHER, VARIANTS, Row
 from ofadiff.pipelines import OFAPipeline
+from ofadiff.reading.arguments import check_argument, check_dict
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class Candidate:
     def load(self) -> DiffusionPipeline:
         """The stand-alone pipeline: of a size, around the extracted model."""
         return self.source if self.row.size is None else self.source.extract(self.row.size)
+
+
+def check_pipelines(pipeline: Any, teacher: Any, compare: Any) -> None:
+    """Raises ValueError if one of them is no pipeline."""
+    check_dict("compare", compare)
+    others = {f"compare[{name!r}]": other for name, other in (compare or {}).items()}
+    for name, each in {"pipeline": pipeline, **({} if teacher is None else {"teacher": teacher}), **others}.items():
+        check_argument(name, each, isinstance(each, DiffusionPipeline), "a pipeline of diffusers")
 
 
 def list_candidates(

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from ofadiff.data.images import Images
-from ofadiff.evaluation.candidates import Candidate, list_candidates
+from ofadiff.evaluation.candidates import Candidate, check_pipelines, list_candidates
 from ofadiff.evaluation.finite import NotFiniteError
 from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
 from ofadiff.evaluation.metrics.costs import cost_inputs
@@ -39,9 +39,10 @@ from ofadiff.evaluation.report.rows import MISSED_NOTE, PARAMETERS, REACHED, TEA
 from ofadiff.evaluation.report_protocol import Made, report_protocol
 from ofadiff.evaluation.sampling import Sampling, draw_share, evaluation_mode
 from ofadiff.evaluation.settings import EvaluationSettings
-from ofadiff.evaluation.share import Processes, Share
+from ofadiff.evaluation.share import Processes, Share, check_accelerator
 from ofadiff.profiling.cost import count_parameters
 from ofadiff.profiling.timing import measure_latencies
+from ofadiff.reading.arguments import check_argument, check_list
 
 
 def evaluate(
@@ -94,7 +95,13 @@ def evaluate(
         ['1.0', '0.5']
         >>> report.write("report")
     """
-    settings = replace(EvaluationSettings() if settings is None else settings, **changes)
+    given = EvaluationSettings() if settings is None else settings
+    check_argument("settings", given, isinstance(given, EvaluationSettings), "EvaluationSettings, or None")
+    settings = replace(given, **changes)
+    check_pipelines(pipeline, teacher, compare)
+    check_list("sizes", sizes, "sizes of the pipeline")
+    check_list("metrics", metrics, "names of metrics")
+    check_accelerator(accelerator)
     processes = Processes(accelerator)
     statistics = read_statistics(reference)
     candidates = list_candidates(pipeline, teacher, compare or {}, sizes, settings.variants)

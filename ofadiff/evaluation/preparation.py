@@ -32,6 +32,7 @@ from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import OFAPipeline
 from ofadiff.profiling.cost import count_macs, count_parameters
 from ofadiff.profiling.memory import PEAKS
+from ofadiff.reading.arguments import check_path
 from ofadiff.recordings.folder import Recordings, check_same_model
 
 # Fewer images than this have no KID.
@@ -45,7 +46,14 @@ Store: TypeAlias = SavedImages | dict[int, torch.Tensor]
 
 
 def read_statistics(reference: Any) -> FeatureStatistics | None:
-    """The statistics, if the reference is a file of them; see `FeatureStatistics.load`."""
+    """The statistics, if the reference is a file of them; see `FeatureStatistics.load`.
+
+    Raises:
+        ValueError: If it is neither that nor what images may be: None, a path, `Images`, or a tensor of four axes.
+    """
+    images = isinstance(reference, Images) or (isinstance(reference, torch.Tensor) and reference.ndim == 4)
+    if reference is not None and not images:
+        check_path("reference", reference)
     is_file = isinstance(reference, str | Path) and Path(reference).is_file()
     return FeatureStatistics.load(reference) if is_file else None
 

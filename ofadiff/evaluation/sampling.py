@@ -20,6 +20,7 @@ from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
 from ofadiff.pipelines.calls import check_calls, opened, without_bar
+from ofadiff.reading.json_file import shown
 from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.size_schedule import SizeSchedule
 
@@ -83,7 +84,9 @@ def generate(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if size is not None and not isinstance(pipeline, OFAPipeline):
-        raise ValueError(f"size is {size!r}, but this {type(pipeline).__name__} is no OFAPipeline, so it has no sizes")
+        raise ValueError(
+            f"size is {shown(size)}, but this {type(pipeline).__name__} is no OFAPipeline, so it has no sizes"
+        )
     sampling = Sampling.of(pipeline, seed, num_inference_steps, arguments, call_arguments)
     sampling.check(pipeline)
     images: dict[int, torch.Tensor] = {}

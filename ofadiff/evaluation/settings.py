@@ -9,6 +9,7 @@ from typing import Any
 
 from ofadiff.evaluation.metrics.clip_scorer import DEFAULT_CLIP
 from ofadiff.evaluation.metrics.precision_recall import NEIGHBORHOOD
+from ofadiff.reading.arguments import check_argument, check_dict, check_path, check_seed, check_whole
 from ofadiff.recordings.folder import Recordings
 
 
@@ -48,7 +49,7 @@ class EvaluationSettings:
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1, or something of another type than it is here.
     """
 
     num_samples: int = 1000
@@ -74,6 +75,21 @@ class EvaluationSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "num_shown", "fid_seeds", "prc_neighborhood"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_samples", "batch_size", "num_inference_steps", "num_shown", "fid_seeds", "cost_batch_size"):
+            check_whole(name, getattr(self, name), 1)
+        check_whole("prc_neighborhood", self.prc_neighborhood, 1)
+        check_seed("seed", self.seed)
+        for name in ("arguments", "call_arguments", "variants"):
+            check_dict(name, getattr(self, name))
+        if self.calls is not None:
+            check_argument("calls", self.calls, isinstance(self.calls, Sequence), "a list of calls, or None")
+        known = self.recordings is None or isinstance(self.recordings, Recordings)
+        check_argument("recordings", self.recordings, known, "Recordings, or None")
+        check_argument("extractor", self.extractor, isinstance(self.extractor, str), "the name of a feature extractor")
+        check_path("clip_model", self.clip_model)
+        for name in ("samples_dir", "save_reference_statistics"):
+            if getattr(self, name) is not None:
+                check_path(name, getattr(self, name))
+        said = self.command is None or isinstance(self.command, str)
+        check_argument("command", self.command, said, "text, or None")
+        check_argument("title", self.title, isinstance(self.title, str), "text")

@@ -9,7 +9,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ofadiff.reading.arguments import check_argument
+
 T = TypeVar("T")
+
+
+def check_accelerator(accelerator: Any) -> None:
+    """Raises ValueError unless it is one, or None."""
+    known = accelerator is None or isinstance(accelerator, Accelerator)
+    check_argument("accelerator", accelerator, known, "an accelerate.Accelerator, or None")
 
 
 class Processes:

@@ -11,6 +11,7 @@ from torch import nn
 from ofadiff.channels import ChannelGroup, check_groups
 from ofadiff.importance import magnitude, random, sensitivity, taylor
 from ofadiff.options import check_options
+from ofadiff.reading.arguments import check_argument, check_choice, is_loader
 
 __all__ = ["CRITERIA", "score_channels"]
 
@@ -53,8 +54,11 @@ def score_channels(
         >>> scores[groups[0].name].shape == (groups[0].width,)
         True
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion is {criterion!r}; it must be one of {', '.join(sorted(CRITERIA))}")
+    check_choice("criterion", criterion, sorted(CRITERIA))
     check_groups(model, groups)
+    if batches is not None:
+        check_argument("batches", batches, is_loader(batches), "a list or a loader of what loss_fn takes")
+    if loss_fn is not None:
+        check_argument("loss_fn", loss_fn, callable(loss_fn), "a function of a model and a batch")
     check_options(f"criterion {criterion!r}", CRITERIA[criterion], options)
     return CRITERIA[criterion](model, groups, batches, loss_fn, **options)

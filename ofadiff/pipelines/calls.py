@@ -16,6 +16,7 @@ from PIL import Image
 
 from ofadiff.data.decoding import open_image
 from ofadiff.data.text import read_lines, read_table, read_text
+from ofadiff.reading.arguments import check_argument
 from ofadiff.reading.json_file import is_kind, parse_json
 
 Arguments = dict[str, Any]
@@ -88,6 +89,7 @@ def check_calls(
     """
     if isinstance(calls, (str, Mapping)):
         raise ValueError(f"calls is one {type(calls).__name__}; give a list of prompts, or of dicts of arguments")
+    check_argument("calls", calls, isinstance(calls, Sequence), "a list of prompts, or of dicts of arguments")
     if not calls:
         raise ValueError("there is no call; give at least one")
     signature = inspect.signature(pipeline_class.__call__)

@@ -19,6 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ofadiff.denoisers.pipelines import class_count
 from ofadiff.denoisers.table import kind_of_model
+from ofadiff.reading.json_file import shown
 from ofadiff.supernet_model import unwrapped
 
 
@@ -79,7 +80,7 @@ class ClassConditionalDDPMPipeline(DDPMPipeline):
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"class_labels are {labels.tolist()}; each must lie in [0, {classes})")
         if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")
+            raise ValueError(f"output_type is {shown(output_type)}; it must be 'pil', 'np' or 'pt'")
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (len(labels), config.in_channels, height, width)

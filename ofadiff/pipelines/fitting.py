@@ -26,7 +26,7 @@ from ofadiff.diffusers_hooks import hooks_of
 from ofadiff.pipelines.calls import check_calls, described, opened, without_bar
 from ofadiff.profiling import peak_memory_of, processor_name
 from ofadiff.profiling.timing import seconds_of
-from ofadiff.reading.json_file import read_json
+from ofadiff.reading.json_file import read_json, shown
 from ofadiff.reading.numbers import is_number
 
 logger = logging.get_logger(__name__)
@@ -78,7 +78,7 @@ class Budget:
         if latency_ms is None and memory is None:
             raise ValueError(f"there is no budget; give latency_ms (milliseconds), {name} (such as '6GB'), or both")
         if latency_ms is not None and not (is_number(latency_ms) and latency_ms > 0):
-            raise ValueError(f"latency_ms is {latency_ms!r}; it must be a number of milliseconds above 0")
+            raise ValueError(f"latency_ms is {shown(latency_ms)}; it must be a number of milliseconds above 0")
         return cls(latency_ms, None if memory is None else _bytes(memory, name))
 
 
@@ -89,7 +89,7 @@ def _bytes(memory: Any, name: str) -> int:
         size = float(digits) * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1)
     if not is_number(size) or size < 1:
         raise ValueError(
-            f"{name} is {memory!r}; it must be a number of bytes above 0, or a text such as '6GB' or '6GiB'"
+            f"{name} is {shown(memory)}; it must be a number of bytes above 0, or a text such as '6GB' or '6GiB'"
         )
     return int(size)
 

@@ -17,6 +17,7 @@ from ofadiff.diffusers_hooks import are_cached, is_deep_cached
 from ofadiff.pipelines.guidance_table import HALVES, Halves
 from ofadiff.pipelines.halves import Arguments, are_twins, combined, halves_of, in_halves, same, shapes, together
 from ofadiff.pipelines.steps import step_reader
+from ofadiff.reading.json_file import shown
 from ofadiff.reading.numbers import is_number
 from ofadiff.recordings.recorded_call import parameters_of
 from ofadiff.size_schedule import SizeSchedule
@@ -221,7 +222,7 @@ def check_guidance(pipeline_class: type, parameters: Mapping[str, inspect.Parame
     if given.get("guidance_size") is None:
         raise ValueError("autoguidance_scale is given, but no guidance_size, which says what the bad model is")
     if not (is_number(scale) and scale >= 1):
-        raise ValueError(f"autoguidance_scale is {scale!r}; it must be a number from 1 on")
+        raise ValueError(f"autoguidance_scale is {shown(scale)}; it must be a number from 1 on")
     if name in HALVES and own not in given and is_number(own_scale) and own_scale > 1:
         raise ValueError(
             f"autoguidance_scale is given, and a {name}'s own {own} is {own_scale} by default: say "

@@ -43,6 +43,8 @@ from ofadiff.pipelines.fitting import (
 from ofadiff.pipelines.guidance import check_guidance, guided
 from ofadiff.pipelines.one_size import OneSizePipeline, one_size_pipeline_class
 from ofadiff.pipelines.steps import following
+from ofadiff.reading.arguments import check_argument, check_dict, check_path
+from ofadiff.reading.json_file import shown
 from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.size_schedule import SizeSchedule
 from ofadiff.sizes import SizeTable
@@ -112,13 +114,14 @@ class OFAPipeline:
                 raise ValueError(
                     f"{argument} is not supported for an OFA checkpoint; extract a size and load that with it"
                 )
+        check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         forbid_pickles(kwargs)
         directory = local_folder(pretrained_model_name_or_path, kwargs)
-        if size == "fit":
+        if isinstance(size, str) and size == "fit":
             return cls._largest_that_fits(directory, kwargs)
         for argument in ("latency_ms", "max_memory", "call", "device"):
             if argument in kwargs:
-                raise ValueError(f"{argument} is given, but size is {size!r}; it is for size='fit'")
+                raise ValueError(f"{argument} is given, but size is {shown(size)}; it is for size='fit'")
         names = find_denoisers(directory)
         _check_denoisers_not_passed(names, kwargs)
         for name in names:
@@ -235,7 +238,7 @@ class OFAPipeline:
             known = isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)
             if not known or issubclass(pipeline_class, OFAPipeline | OneSizePipeline):
                 raise ValueError(
-                    f"pipeline_class is {pipeline_class!r}; it must be a diffusers pipeline class such as "
+                    f"pipeline_class is {shown(pipeline_class)}; it must be a diffusers pipeline class such as "
                     "StableDiffusionImg2ImgPipeline"
                 )
             made = pipeline._rebuild(pipeline_class, **kwargs)
@@ -302,7 +305,7 @@ class OFAPipeline:
         if isinstance(size, str) and named and size not in (*named, "smallest", "largest"):
             sizes = ", ".join(f"{each:g}" for each in self.sizes)
             names = ", ".join(map(repr, ("smallest", "largest", *named)))
-            raise ValueError(f"size is {size!r}; it must be one of {sizes}, {names}")
+            raise ValueError(f"size is {shown(size)}; it must be one of {sizes}, {names}")
         found = named.get(size, size) if isinstance(size, str) else size
         if isinstance(found, SizeSchedule):
             return found, [self.subnets.find(each).size for each in found]
@@ -437,6 +440,8 @@ class OFAPipeline:
             >>> size = pipeline.size_for(memory="6GB", call={"prompt": "a red car", "num_inference_steps": 20})
             >>> pipeline.set_size(size)
         """
+        check_dict("call", call)
+        check_argument("measure_again", measure_again, isinstance(measure_again, bool), "True or False")
         budget = Budget.of(latency_ms, memory)
         arguments = call_to_measure(self._stock_class, call)
         device = self._execution_device  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ofadiff.denoisers.pipelines import find_component
 from ofadiff.pipelines.calls import check_calls, described, opened, without_bar
+from ofadiff.reading.arguments import check_argument, check_dict, check_path, check_seed, check_whole
 from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.recordings.folder import (
     DESCRIPTION_NAME,
@@ -88,8 +89,14 @@ def record(
         >>> call.replay(pipeline.unet)[0].equal(call.answer[0])
         True
     """
-    if steps_per_call < 1:
-        raise ValueError(f"steps_per_call is {steps_per_call}; it must be at least 1")
+    check_argument("pipeline", pipeline, isinstance(pipeline, DiffusionPipeline), "a pipeline of diffusers")
+    check_path("output_dir", output_dir)
+    check_path("image_dir", image_dir)
+    check_whole("steps_per_call", steps_per_call, 1)
+    check_seed("seed", seed)
+    check_dict("arguments", arguments)
+    if max_bytes is not None:
+        check_whole("max_bytes", max_bytes, 1)
     checked = check_calls(type(pipeline), calls, arguments, image_dir)
     name = find_component(pipeline.components, component, type(pipeline).__name__)
     denoiser: Any = unwrapped(pipeline.components[name])

@@ -20,6 +20,8 @@ from tqdm.auto import tqdm
 from ofadiff.pipelines.calls import Arguments, check_calls, opened, without_bar
 from ofadiff.pipelines.ofa_pipeline import OFAPipeline
 from ofadiff.pipelines.steps import step_reader
+from ofadiff.reading.arguments import check_choice, check_dict, check_seed, check_whole
+from ofadiff.reading.json_file import shown
 from ofadiff.reading.numbers import is_number
 from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.size_schedule import SizeSchedule
@@ -116,6 +118,10 @@ def find_schedule(
         >>> images = pipeline(size="fast", num_inference_steps=3).images
     """
     _check_asked(pipeline, budget, unit)
+    if num_inference_steps is not None:
+        check_whole("num_inference_steps", num_inference_steps, 1)
+    check_dict("arguments", arguments)
+    check_seed("seed", seed)
     budget = float(budget)
     steps_of_all = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
     shared = {**(arguments or {}), **steps_of_all}
@@ -150,16 +156,18 @@ def find_schedule(
 
 def _check_asked(pipeline: OFAPipeline, budget: float, unit: str) -> None:
     """Raises ValueError if there can be no schedule of such a budget."""
-    if unit not in UNITS:
-        raise ValueError(f"unit is {unit!r}; it must be 'macs', 'latency' or 'evaluations'")
+    check_choice("unit", unit, UNITS)
     number = is_number(budget) and budget > 0
     if unit == "evaluations" and not number:
-        raise ValueError(f"budget is {budget!r}; it must be a number of evaluations above 0")
+        raise ValueError(f"budget is {shown(budget)}; it must be a number of evaluations above 0")
     if unit != "evaluations" and not (number and budget <= 1):
-        raise ValueError(f"budget is {budget!r}; it must be above 0 and at most 1, a share of the largest size's cost")
+        raise ValueError(
+            f"budget is {shown(budget)}; it must be above 0 and at most 1, a share of the largest size's cost"
+        )
     if not isinstance(pipeline, OFAPipeline):
         raise ValueError(
-            f"this {type(pipeline).__name__} has no sizes; pass what OFAPipeline.from_pretrained returned without size="
+            f"the pipeline, of {type(pipeline).__name__}, has no sizes; pass what OFAPipeline.from_pretrained returned "
+            "without size="
         )
     if not pipeline.supernets or len(pipeline.sizes) < 2:
         raise ValueError("the pipeline has one size alone, of which there is no schedule; load it without size=")

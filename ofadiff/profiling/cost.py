@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ofadiff.channels import ChannelGroup, row_axis
 from ofadiff.denoisers.inputs import Inputs, batch_of, forward_inputs
 from ofadiff.denoisers.zeros import NoInputsError
+from ofadiff.reading.stumbles import in_one_sentence
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -120,6 +121,11 @@ def _own_flops(flops: Mapping[str, int], block: str) -> int:
 
 
 def _counted_forward(model: nn.Module, inputs: Mapping[str, Any]) -> FlopCounterMode:
+    with in_one_sentence(f"the inputs are none that the forward of {type(model).__name__} takes"):
+        return _counted(model, inputs)
+
+
+def _counted(model: nn.Module, inputs: Mapping[str, Any]) -> FlopCounterMode:
     tensors = [*model.parameters(), *model.buffers()]
     # A copy without weights: some models keep what they computed in a forward for the next one.
     on_meta = copy.deepcopy(model, {id(tensor): tensor.detach().to("meta") for tensor in tensors})

@@ -142,6 +142,7 @@ def is_kind(value: Any, kind: type) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: short."""
+    """A value as an error shows it: one short line."""
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    line = text.partition("\n")[0]
+    return text if len(line) == len(text) <= 80 else f"{line[:77]}..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,29 @@ def read_metadata(file: str | Path) -> dict[str, str]:
         return opened.metadata() or {}
 
 
-def read_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of a safetensors file, by name; only its header is read.
+@dataclass(frozen=True)
+class Stored:
+    """What the header of a safetensors file says of a tensor: its shape, and its dtype in the file's word: `"F32"`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its values are whole numbers or truth values."""
+        return self.dtype.startswith(("I", "U", "BOOL"))
+
+
+def read_header(file: str | Path) -> dict[str, Stored]:
+    """Shapes and dtypes of the tensors of a safetensors file, by name; only its header is read.
 
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If the file is damaged.
     """
     with open_tensors(file) as opened:
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {name: Stored(tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
 
 
 def _reason(file: str | Path, error: SafetensorError) -> str:

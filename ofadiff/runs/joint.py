@@ -37,7 +37,7 @@ def train_jointly(run: Run, supernet: Supernet | SingleSize) -> TrainingResult:
         ValueError: If the checkpoint to resume from is another run's.
         RuntimeError: If a validation's loss is not finite, or those of `--max_skipped_steps` steps in a row; or if too
             many samples of a stream cannot be read.
-        InterruptedRun: After Ctrl-C or SIGTERM, with a checkpoint.
+        InterruptedRun: After Ctrl-C, SIGTERM or SIGUSR1, with a checkpoint.
     """
     accelerator, settings = run.accelerator, run.settings
     optimization, watching, losses = settings.optimization, settings.watching, settings.losses

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
+from ofadiff.reading.arguments import check_argument
 from ofadiff.reading.json_file import check_object, is_kind, read_object, shown
 from ofadiff.reading.tensors import open_tensors
 from ofadiff.size_schedule import SizeSchedule
@@ -158,6 +159,7 @@ def load_model(directory: str | Path, model: ModelMixin | type[ModelMixin] | Non
         return stock.from_pretrained(directory, **kwargs)
     named = read_object(Path(directory) / "config.json").get("_class_name")
     given: Any = model if isinstance(model, type) else type(model)
+    check_argument("model", model, issubclass(given, ModelMixin), "a denoiser of diffusers' kind, or its class")
     if given.__name__ != named:
         raise ValueError(f"model is of class {given.__name__}; {directory} holds a {named}")
     if given is model:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ofadiff.reading.arguments import check_path
 from ofadiff.reading.json_file import shown
 from ofadiff.reading.names import resolved
 
@@ -22,6 +23,7 @@ def check_folder(what: str, folder: str | Path, read: Iterable[str | None] = ())
         read: Folders that are read while it is written; it may be one of them, but not lie in one. Names that are no
             folders, such as those of the hub, and None are passed over.
     """
+    check_path(what, folder)
     folder = Path(folder)
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not above.is_dir():

@@ -29,7 +29,7 @@ from ofadiff.reading.files import check_files
 from ofadiff.reading.json_file import check_object, is_kind, read_object, shown
 from ofadiff.reading.names import check_variant
 from ofadiff.reading.stumbles import in_one_sentence
-from ofadiff.reading.tensors import read_shapes
+from ofadiff.reading.tensors import Stored, read_header
 from ofadiff.storage.files import weight_files
 from ofadiff.storage.pipeline_index import INDEX_NAME, components_in, read_index
 
@@ -224,18 +224,24 @@ def check_model(folder: str | Path, cls: Any, variant: str | None = None) -> Non
             or more than the weights hold.
     """
     folder = Path(folder)
-    stored = stored_shapes(folder, cls, variant)
+    stored = stored_tensors(folder, cls, variant)
     config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     check_object(config, str(folder / "config.json"), {}, {"quantization_config": dict})
     model = empty_model(folder, cls, MODULES_PER_TENSOR * len(stored) + MODULES)
     named = dict(model.state_dict())
-    held, quantized = sum(map(math.prod, stored.values())), config.get("quantization_config") is not None
+    held = sum(math.prod(each.shape) for each in stored.values())
+    quantized = config.get("quantization_config") is not None
     if not quantized:
         for name, tensor in named.items():
-            if name in stored and tuple(tensor.shape) != stored[name]:
+            if name in stored and tuple(tensor.shape) != stored[name].shape:
                 raise ValueError(
                     f"{folder / 'config.json'} asks for a {name} of shape {tuple(tensor.shape)}; in the weights it has "
-                    f"{stored[name]}"
+                    f"{stored[name].shape}"
+                )
+            if name in stored and stored[name].is_whole and tensor.is_floating_point():
+                raise ValueError(
+                    f"the weights in {folder} have a {name} of {stored[name].dtype}; it must be of floating-point "
+                    "numbers, such as F32"
                 )
     asked = sum(parameter.numel() for parameter in model.parameters())
     share = QUANTIZED if quantized else 1 if issubclass(cls, diffusers.ModelMixin) else TIED
@@ -252,8 +258,8 @@ def check_model(folder: str | Path, cls: Any, variant: str | None = None) -> Non
         )
 
 
-def stored_shapes(folder: Path, cls: Any, variant: str | None = None) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's stored tensors, by name; see `check_model`."""
+def stored_tensors(folder: Path, cls: Any, variant: str | None = None) -> dict[str, Stored]:
+    """What the headers say of a model's stored tensors, by name; see `check_model`."""
     check_variant(variant)
     single = SAFETENSORS_WEIGHTS_NAME if issubclass(cls, diffusers.ModelMixin) else TRANSFORMERS_WEIGHTS
     own = variant if variant and any(folder.glob(f"*.{variant}*.safetensors")) else None
@@ -267,14 +273,14 @@ def stored_shapes(folder: Path, cls: Any, variant: str | None = None) -> dict[st
         reason = f"; {pickles[0]} is not opened: pickles run what is in them" if pickles else ""
         reason += f"; there is {others[0]}: is its variant meant?" if others and not own else ""
         raise ValueError(f"{error}{reason}") from error
-    shapes: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, Stored] = {}
     for file, keys in files.items():
-        found = read_shapes(file)
+        found = read_header(file)
         absent = [key for key in keys if key not in found]
         if absent:
             raise ValueError(f"{file} lacks {absent[0]}, which the index beside it names")
-        shapes |= {key: found[key] for key in keys}
-    return shapes
+        tensors |= {key: found[key] for key in keys}
+    return tensors
 
 
 def empty_model(folder: Path, cls: Any, most: int = MOST_MODULES) -> Any:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, as a preempted machine sends it: noted, so that what is being done can be finished first."""
+"""Ctrl-C, and what a preempted machine sends: noted, so that what is being done can be finished first."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+# What ends a process when its machine is wanted: SLURM sends SIGUSR1 some time before (`--signal=USR1@120`), where the
+# system has it.
+PREEMPTING = tuple(signal.Signals[name] for name in ("SIGUSR1", "SIGTERM") if name in signal.Signals.__members__)
 # The more pressing one last.
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, *PREEMPTING)
 
 # A terminal sends Ctrl-C to all processes, and their launcher passes it on to them: so soon, it is the same one.
 SAME_SECONDS = 1.0

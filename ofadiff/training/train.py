@@ -65,8 +65,8 @@ def train(
     Every step draws one size (equation 6) and trains that subnet alone, on the denoising loss plus the distance to the
     teacher. Sizes, samples and noise depend on the seed and the step only, so processes agree, and a run that is killed
     and resumed ends with the same weights. Dropout follows: the global random state is reseeded before every forward.
-    A step whose loss or gradient is not finite changes nothing, on any process. Ctrl-C and SIGTERM end the run after
-    the step that is being made, with a checkpoint; a second one ends it at once.
+    A step whose loss or gradient is not finite changes nothing, on any process. Ctrl-C, SIGTERM and SIGUSR1 end the run
+    after the step that is being made, with a checkpoint; a second one ends it at once.
     Under FSDP weights stay split over the processes, the teacher's too: at the end all of them call
     `supernet.save_pretrained(folder, is_main_process=accelerator.is_main_process)`, and what that wrote can be loaded.
 

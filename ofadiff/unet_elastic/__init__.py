@@ -8,6 +8,7 @@ import warnings
 from torch import nn
 
 from ofadiff.channels import ChannelGroup
+from ofadiff.reading.arguments import check_argument
 from ofadiff.unet_elastic.finders import FINDERS
 from ofadiff.unet_elastic.unsupported import UnsupportedBlockError
 from ofadiff.verification import verify_groups
@@ -41,6 +42,7 @@ def find_channel_groups(model: nn.Module) -> list[ChannelGroup]:
     """
     groups: list[ChannelGroup] = []
     rigid: dict[str, list[str]] = {}
+    check_argument("model", model, isinstance(model, nn.Module), "a denoiser, a torch.nn.Module")
     for name, module in model.named_modules():
         finder = FINDERS.get(f"{type(module).__module__}.{type(module).__qualname__}")
         if finder is None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM from outside: one line says how to go on, the status is 130 or 143, and nothing is destroyed."""
+"""Signals from outside: one line says how to go on, the status is 128 and the number, and nothing is destroyed."""
 
 import signal
 
@@ -18,12 +18,13 @@ def last_line(log):
     return log.splitlines()[-1]
 
 
-def test_a_preempted_run_goes_on_from_the_step_that_it_finished(nursery, originals, never_killed, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_preempted_run_goes_on_from_the_step_that_it_finished(nursery, originals, never_killed, tmp_path, number):
     launch, folder = pixels(originals), tmp_path / "out"
-    ended, log = nursery.start(launch.options(folder), STEP, number=signal.SIGTERM)
-    assert ended == [143], log
-    said = "compress_ddpm.py: stopped by SIGTERM after step 3, with a checkpoint: the same command goes on from there "
-    assert last_line(log) == said + "with --resume_from_checkpoint latest"
+    ended, log = nursery.start(launch.options(folder), STEP, number=number)
+    assert ended == [128 + number], log
+    said = "after step 3, with a checkpoint: the same command goes on from there with --resume_from_checkpoint latest"
+    assert last_line(log) == f"compress_ddpm.py: stopped by {number.name} {said}"
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
     finish(nursery, launch, folder)
     assert_same_run(folder, never_killed)
@@ -37,11 +38,11 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(nursery
     assert list_checkpoints(tmp_path)[-1].name == "checkpoint-3"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_before_training_leaves_nothing(nursery, originals, tmp_path, number, status):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_training_leaves_nothing(nursery, originals, tmp_path, number):
     moment = ("ofadiff.runs.sizes.denoising_loss", 1)
     ended, log = nursery.start(pixels(originals).options(tmp_path / "out"), moment, number=number)
-    assert ended == [status] and not (tmp_path / "out").exists(), log
+    assert ended == [128 + number] and not (tmp_path / "out").exists(), log
     assert "nothing that was whole is lost: the same command begins again" in last_line(log)
 
 

@@ -13,20 +13,21 @@ from ofadiff.training.checkpoint import find_checkpoint, list_checkpoints
 from ofadiff.training.interrupts import InterruptedRun, Interrupts, finished_first
 from training.test_train import run, same  # noqa: F401
 
-BOTH = [signal.SIGINT, signal.SIGTERM]
+ALL = [signal.SIGINT, signal.SIGUSR1, signal.SIGTERM]
 
 
 @pytest.fixture(autouse=True)
 def as_a_shell_starts_it():
     """Whoever started the tests may have told them to ignore Ctrl-C, as a shell does in the background."""
-    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)]
+    defaults = signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL
+    before = [signal.signal(number, handler) for number, handler in zip(ALL, defaults, strict=True)]
     yield
-    for number, handler in zip(BOTH, before, strict=True):
+    for number, handler in zip(ALL, before, strict=True):
         signal.signal(number, handler)
 
 
 def handlers():
-    return [signal.getsignal(number) for number in BOTH]
+    return [signal.getsignal(number) for number in ALL]
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def in_step(monkeypatch):
     return in_step
 
 
-@pytest.mark.parametrize("number", BOTH)
+@pytest.mark.parametrize("number", ALL)
 def test_a_signal_is_noted_once_and_a_second_one_acts_at_once(number, monkeypatch):
     monkeypatch.setattr(interrupts, "SAME_SECONDS", 0.0)
     heard = []

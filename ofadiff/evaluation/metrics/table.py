@@ -13,6 +13,7 @@ from ofadiff.evaluation.metrics.kid import KID
 from ofadiff.evaluation.metrics.metric import Metric
 from ofadiff.evaluation.metrics.mind import MIND
 from ofadiff.evaluation.metrics.precision_recall import PRECISION, RECALL
+from ofadiff.reading.arguments import check_choice
 
 # A new metric is one file and one line here.
 METRICS: dict[str, Metric] = {
@@ -44,8 +45,7 @@ def choose_metrics(names: Sequence[str] | None, missing: Mapping[str, str]) -> l
     if names is None:
         return [name for name, metric in METRICS.items() if not any(need in missing for need in metric.needs)]
     for name in names:
-        if name not in METRICS:
-            raise ValueError(f"metric is {name!r}; it must be one of {', '.join(METRICS)}")
+        check_choice("metric", name, METRICS)
         for need in METRICS[name].needs:
             if need in missing:
                 raise ValueError(f"the metric {name!r} cannot be measured: {missing[need]}")
