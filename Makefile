@@ -49,12 +49,13 @@ $(VENV)/demo $(VENV)/dev $(VENV)/docs: pyproject.toml
 	touch $@
 
 # Without torchao: diffusers 0.35 and 0.36 cannot be imported beside 0.16 of it, and tests that need it skip. datasets
-# brings pyarrow, of which the newest takes no numpy before 2.
+# brings pyarrow, of which the newest takes no numpy before 2, and matplotlib pyparsing, of which the newest warns of what
+# an older matplotlib calls.
 $(OLDEST)/dev: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
-		--editable ".[dev]" "pyarrow==21.*"
+		--editable ".[dev]" "pyarrow==21.*" "pyparsing==3.2.*"
 	$(OLDEST)/bin/uv pip uninstall --quiet --python $(OLDEST)/bin/python torchao
 	touch $@
 

@@ -284,7 +284,7 @@ def draw(results: Results, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = {"excess": "excess of the held-out loss, 1e-4", "fid": "FID"}
+    shown = {"excess": f"excess of the held-out loss, 1e-4 ({LEAST_EXCESS:g} stands for less)", "fid": "FID"}
     figure, axes = pyplot.subplots(
         len(shown), len(results), figsize=(6.5 * len(results), 10), squeeze=False, layout="constrained"
     )
@@ -299,7 +299,9 @@ def draw(results: Results, file: Path) -> None:
                         axis.axhline(statistics.fmean(rows[1.0][metric].values()), color="black", ls=":", label=TEACHER)
                     continue
                 draw_line(axis, rows, metric, colours[method], method)
-            axis.set(xlabel="parameters, share of the teacher's", ylabel=label, yscale="log")
+            low, high = axis.get_ylim()
+            log = low <= 0 or high > 5 * low
+            axis.set(xlabel="parameters, share of the teacher's", ylabel=label, yscale="log" if log else "linear")
             axis.set_title(study if row == 0 else "")
             axis.grid(alpha=0.3, which="both")
     handles: dict[str, Any] = {}

@@ -21,7 +21,7 @@ from recordings import tiny_pipelines as recorded
 from tiny_pipelines import make_checkpoint
 from tiny_stable_diffusion import make_unet as make_sd_unet
 from tiny_transformers import tiny, tiny_inputs
-from versions import importable, since, skip_if_older
+from versions import importable, needs_torchao, since, skip_if_older
 
 from ofadiff import OFAPipeline, SizeSchedule, Supernet, allocate, find_channel_groups, score_channels
 from ofadiff.layers import cut_once
@@ -157,11 +157,6 @@ def run(what, pipeline, denoiser=None):
         package = pytest.importorskip(PACKAGES[what], reason=f"needs pip install {PACKAGES[what]}")
         names |= {package.__name__: package, **vars(package)}
     exec(code, names)
-
-
-def needs_torchao():
-    """torchao's quantization; diffusers before 0.37 cannot be imported beside the torchao that has all of its names."""
-    return pytest.importorskip("torchao.quantization", reason="needs pip install torchao")
 
 
 def sample(pipeline, kind, **arguments):

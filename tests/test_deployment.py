@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from tiny_stable_diffusion import save_stable_diffusion
 from tiny_transformers import tiny
 from torch._dynamo.testing import CompileCounter
+from versions import needs_torchao
 
 from ofadiff import Supernet
 
@@ -123,12 +124,14 @@ def test_exported_programs_compute_the_same_at_every_batch_size(denoiser):
 
 
 def test_quantization(denoiser):
+    needs_torchao()
     expected = output(denoiser, random_inputs(denoiser))
     run(SECTION["Quantization"], denoiser=denoiser)
     assert 0 < error(denoiser, expected) < 2e-2
 
 
 def test_a_pipeline_samples_with_a_quantized_denoiser(loaded):
+    needs_torchao()
     before = sample(loaded["pipeline"])
     run(SECTION["Quantization"], **loaded)
     assert 0 < abs(sample(loaded["pipeline"]) - before).max() < 5e-2

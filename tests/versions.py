@@ -29,6 +29,11 @@ def importable(name: str) -> ModuleType | None:
         return None
 
 
+def needs_torchao() -> ModuleType:
+    """torchao's quantization; diffusers before 0.37 cannot be imported beside the torchao that has all of its names."""
+    return pytest.importorskip("torchao.quantization", reason="needs pip install torchao")
+
+
 def skip_if_older(package: str, name: str) -> None:
     """Skips the test if a package is older than the one whose names the tests know."""
     installed = importlib.import_module(package).__version__

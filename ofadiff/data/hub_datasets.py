@@ -110,7 +110,7 @@ def load_dataset_split(
         files = files_of_folder(Path(name), split)
     try:
         if saved:
-            return datasets.load_from_disk(name)
+            return datasets.load_from_disk(str(name))
         if not saved_splits:
             options = {"data_files": files, "cache_dir": cache_dir}
             if streaming:
@@ -118,7 +118,7 @@ def load_dataset_split(
                 if isinstance(builder, WebDataset):
                     return TarShards([str(file) for file in builder.config.data_files[split]])
             return datasets.load_dataset(name, config, split=split, streaming=streaming, **options)
-        splits = datasets.load_from_disk(name)
+        splits = datasets.load_from_disk(str(name))
     except KeyError as error:
         raise ValueError(f"the data set {name!r} has no split {split!r}") from error
     except (OSError, ValueError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 from torch.utils.data import Dataset
@@ -81,7 +82,10 @@ def images_of(output: Any, pipeline: str) -> torch.Tensor:
             f"this {pipeline} gives no images; sample videos with calls of the pipeline, or `ofadiff evaluate` with a "
             "--calls_file, and compare anything else on recordings (--recordings_dir)"
         )
-    return output["images"]
+    images = output["images"]
+    if isinstance(images, np.ndarray):  # DDPMPipeline of diffusers 0.35 has no other tensors
+        return torch.from_numpy(images).movedim(-1, 1)
+    return images
 
 
 def in_a_row(frames: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA
 from peft import LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
@@ -93,8 +94,8 @@ def test_the_denoiser_loads_it_itself(case, tmp_path):
     model.delete_adapters("first")
     assert relative_error(output(model, case.inputs), case.plain) < 1e-6
     prefixed = {f"denoiser.{key}": value for key, value in case.lora.items()}
-    save_file(prefixed, tmp_path / "pytorch_lora_weights.safetensors")
-    model.load_lora_adapter(tmp_path, prefix="denoiser", use_safetensors=True)
+    save_file(prefixed, tmp_path / LORA)
+    model.load_lora_adapter(tmp_path, prefix="denoiser", use_safetensors=True, weight_name=LORA)
     case.check(model)
 
 
@@ -109,7 +110,7 @@ def test_a_compiled_denoiser_loads_it(case):
 def test_the_pipeline_of_a_compiled_denoiser_loads_it(sd):
     pipeline = load(sd.checkpoint)
     pipeline.unet = torch.compile(pipeline.unet, backend="eager")
-    pipeline.load_lora_weights(sd.file)
+    pipeline.load_lora_weights(sd.file, weight_name=LORA)
     assert pipeline.sizes == SIZES and pipeline.supernet.model is pipeline.unet._orig_mod
     sd.check(pipeline.unet, sd.sizes[:1])
 
@@ -120,7 +121,7 @@ def test_diffusers_own_pipelines_load_it(sd, compiled):
     plain = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
     if compiled:
         plain.unet = torch.compile(plain.unet, backend="eager")
-    plain.load_lora_weights(sd.file, adapter_name="style")
+    plain.load_lora_weights(sd.file, weight_name=LORA, adapter_name="style")
     sd.check(pipeline.unet)
     plain.unet.delete_adapters("style")
     assert relative_error(output(pipeline.unet, sd.inputs), sd.plain) < 1e-6
@@ -139,7 +140,7 @@ def test_an_offloaded_pipeline_loads_it(sd, monkeypatch):
     enable = type(pipeline).enable_model_cpu_offload
     monkeypatch.setattr(type(pipeline), "enable_model_cpu_offload", lambda self: enable(self, device="cpu"))
     pipeline.enable_model_cpu_offload()
-    pipeline.load_lora_weights(sd.file)
+    pipeline.load_lora_weights(sd.file, weight_name=LORA)
     assert all("_hf_hook" in vars(part) for part in (pipeline.unet, pipeline.vae))
     sd.check(pipeline.unet)
 
@@ -214,7 +215,7 @@ def test_hot_swapping_replaces_it(sd):
     lora = {f"unet.{key}": value for key, value in other.items()}
     StableDiffusionPipeline.load_lora_into_unet(lora, None, pipeline.unet, "style")
     assert relative_error(output(pipeline.unet, sd.inputs), sd.expected[1.0]) > 1e-2
-    pipeline.load_lora_weights(sd.file, adapter_name="style", hotswap=True)
+    pipeline.load_lora_weights(sd.file, weight_name=LORA, adapter_name="style", hotswap=True)
     sd.check(pipeline.unet)
 
 
@@ -236,7 +237,7 @@ def test_an_extracted_model_keeps_its_basis_wherever_its_weights_go(sd, tmp_path
             if name.startswith("unet/") and name not in fetched:
                 (source / name).unlink()
     loaded = StableDiffusionPipeline.from_pretrained(source, safety_checker=None)
-    loaded.load_lora_weights(sd.file)
+    loaded.load_lora_weights(sd.file, weight_name=LORA)
     assert relative_error(output(loaded.unet, sd.inputs), sd.expected[0.6]) < 1e-4
     one = OFAPipeline.from_pretrained(sd.checkpoint, size=0.6, safety_checker=None)
     for name, tensor in one.unet.ofa_basis.items():
@@ -250,7 +251,7 @@ def test_an_extracted_model_without_basis_says_so(sd, tmp_path):
     small.save_pretrained(tmp_path)
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
     with pytest.raises(ValueError, match="hold no basis of its supernet"):
-        loaded.load_lora_weights(sd.file)
+        loaded.load_lora_weights(sd.file, weight_name=LORA)
 
 
 def test_weights_of_an_adapter_may_differ_from_block_to_block(sd):
@@ -258,7 +259,7 @@ def test_weights_of_an_adapter_may_differ_from_block_to_block(sd):
     small = pipeline.extract(0.6)
     scales = {"down": 0.3, "mid": 0.0, "up": {"block_1": [0.7, 0.1]}}
     for each in (pipeline, small):
-        each.load_lora_weights(sd.file, adapter_name="style")
+        each.load_lora_weights(sd.file, weight_name=LORA, adapter_name="style")
         each.set_adapters("style", scales)
     pipeline.set_size(0.6)
     expected = output(pipeline.unet, sd.inputs)
@@ -269,7 +270,7 @@ def test_weights_of_an_adapter_may_differ_from_block_to_block(sd):
 
 def test_a_lora_that_is_fused_between_steps_acts_from_there_on(sd):
     pipeline = load(sd.checkpoint)
-    pipeline.load_lora_weights(sd.file, adapter_name="style")
+    pipeline.load_lora_weights(sd.file, weight_name=LORA, adapter_name="style")
     pipeline.set_adapters("style", 0.0)
 
     def fuse(pipe, step, timestep, tensors):
@@ -289,7 +290,7 @@ def test_a_lora_that_is_fused_between_steps_acts_from_there_on(sd):
         return image(pipe, num_inference_steps=2, callback_on_step_end=fuse, **text, **kwargs)
 
     extracted = load(sd.checkpoint).extract(0.6)
-    extracted.load_lora_weights(sd.file, adapter_name="style")
+    extracted.load_lora_weights(sd.file, weight_name=LORA, adapter_name="style")
     extracted.set_adapters("style", 0.0)
     expected = sample(extracted, None)
     assert np.allclose(sample(pipeline, 0.6), expected, atol=1e-4)

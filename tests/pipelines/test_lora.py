@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_dropping_supernet, make_supernet, make_unet, output, random_inputs, relative_error, sliced
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tiny_stable_diffusion import save_stable_diffusion
@@ -46,7 +47,7 @@ def test_it_acts_as_the_sliced_fused_original(parts):
     pipeline = OFAPipeline.from_pretrained(checkpoint)
     inputs = random_inputs(fused)
     without = output(pipeline.unet, inputs)
-    pipeline.load_lora_weights(lora)
+    pipeline.load_lora_weights(lora, weight_name=LORA)
     assert relative_error(output(pipeline.unet, inputs), output(fused, inputs)) < 1e-4
     assert relative_error(without, output(fused, inputs)) > 1e-2
     reference = sliced(fused, checkpoint / "unet")
@@ -71,14 +72,14 @@ def test_an_extracted_pipeline_takes_it_too(parts, tmp_path):
             DiffusionPipeline.from_pretrained(tmp_path / f"{size}", safety_checker=None),
             OFAPipeline.from_pretrained(checkpoint, size=size, safety_checker=None),
         ):
-            pipeline.load_lora_weights(lora)
+            pipeline.load_lora_weights(lora, weight_name=LORA)
             assert relative_error(output(pipeline.unet, inputs), output(reference.model, inputs)) < 1e-4
 
 
 def test_fusing_it_before_extracting_keeps_it(parts):
     checkpoint, lora, fused = parts
     pipeline = OFAPipeline.from_pretrained(checkpoint)
-    pipeline.load_lora_weights(lora)
+    pipeline.load_lora_weights(lora, weight_name=LORA)
     with pytest.raises(ValueError, match="the model has adapters; fuse_lora"):
         pipeline.extract(0.5)
     pipeline.fuse_lora()
@@ -94,9 +95,9 @@ def test_two_adapters_with_their_own_weights(parts):
     checkpoint, lora, fused = parts
     pipeline = OFAPipeline.from_pretrained(checkpoint)
     inputs = random_inputs(fused)
-    pipeline.load_lora_weights(lora, adapter_name="first")
+    pipeline.load_lora_weights(lora, weight_name=LORA, adapter_name="first")
     once = output(pipeline.unet, inputs)
-    pipeline.load_lora_weights(lora, adapter_name="second")
+    pipeline.load_lora_weights(lora, weight_name=LORA, adapter_name="second")
     pipeline.set_adapters(["first", "second"], [0.5, 0.5])
     assert relative_error(output(pipeline.unet, inputs), once) < 1e-4
     pipeline.set_size(0.5)

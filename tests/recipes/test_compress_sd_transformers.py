@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import sliced
 from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from recipes.tiny_stable_diffusion import save_captioned_images
@@ -165,7 +166,7 @@ def test_a_lora_of_the_original_acts_as_the_sliced_fused_original(run, files, tm
 
     pipeline = OFAPipeline.from_pretrained(tmp_path / "out")
     without = sample(pipeline)
-    pipeline.load_lora_weights(tmp_path / "lora")
+    pipeline.load_lora_weights(tmp_path / "lora", weight_name=LORA)
     torch.testing.assert_close(sample(pipeline), sample(original), atol=1e-4, rtol=1e-3)
     assert (sample(pipeline) - without).abs().max() > 1e-2
     expected = DiffusionPipeline.from_pretrained(files / "sd3", transformer=None)
