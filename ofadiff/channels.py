@@ -151,7 +151,8 @@ def active_part(tensor: torch.Tensor, parameter: str, kept: Kept) -> torch.Tenso
 
 def row_axis(shape: Sequence[int]) -> int:
     """The axis of a parameter that `"out"` slices cut: the first that is longer than one."""
-    return next((axis for axis, length in enumerate(shape) if length > 1), 0)
+    longer = [axis for axis, length in enumerate(shape) if length > 1]  # torch.compile of 2.8 knows no `next(…, 0)`
+    return longer[0] if longer else 0
 
 
 def _cut(tensor: torch.Tensor, dim: int, kept: Kept) -> torch.Tensor:

@@ -147,6 +147,8 @@ def run(what, pipeline, denoiser=None):
         importable("diffusers.hooks.mag_cache"),
         importable("torchao.quantization"),
     ]
+    if what == "LCM-LoRA":  # offline, an older diffusers wants the name of the file
+        skip_if_older("diffusers", "way to load a LoRA from its folder offline")
     words = re.findall(r"\w+", code)
     for module in filter(None, modules):
         names |= {name: getattr(module, name) for name in words if hasattr(module, name)}

@@ -22,6 +22,7 @@ from ofadiff.denoisers.inputs import Inputs
 from ofadiff.profiling.cost import UnitCosts, count_macs, unit_costs
 from ofadiff.profiling.latency import LatencyCosts, measure_latency_costs
 from ofadiff.reading.arguments import check_argument, check_choice, check_number, check_whole
+from ofadiff.reading.json_file import shown
 from ofadiff.reading.numbers import is_number
 from ofadiff.sizes import TOLERANCE, SizeTable, Subnet
 
@@ -170,7 +171,8 @@ def _checked_sizes(sizes: Sequence[float]) -> list[float]:
     if not given:
         raise ValueError("sizes is empty; it must hold at least one fraction in (0, 1]")
     for size in given:
-        check_argument("a size", size, is_number(size) and 0 < size <= 1, "a number; every size must lie in (0, 1]")
+        if not (is_number(size) and 0 < size <= 1):
+            raise ValueError(f"size is {shown(size)}; every size must lie in (0, 1]")
     ordered = sorted(float(size) for size in given)
     if len(set(ordered)) < len(ordered):
         raise ValueError(f"sizes are {', '.join(f'{size:g}' for size in ordered)}; every size may appear once")

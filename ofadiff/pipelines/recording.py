@@ -89,14 +89,8 @@ def record(
         >>> call.replay(pipeline.unet)[0].equal(call.answer[0])
         True
     """
-    check_argument("pipeline", pipeline, isinstance(pipeline, DiffusionPipeline), "a pipeline of diffusers")
-    check_path("output_dir", output_dir)
-    check_path("image_dir", image_dir)
-    check_whole("steps_per_call", steps_per_call, 1)
-    check_seed("seed", seed)
+    _check_asked(pipeline, output_dir, image_dir, steps_per_call, seed, max_bytes)
     check_dict("arguments", arguments)
-    if max_bytes is not None:
-        check_whole("max_bytes", max_bytes, 1)
     checked = check_calls(type(pipeline), calls, arguments, image_dir)
     name = find_component(pipeline.components, component, type(pipeline).__name__)
     denoiser: Any = unwrapped(pipeline.components[name])
@@ -125,6 +119,19 @@ def record(
             stacklevel=2,
         )
     return recordings
+
+
+def _check_asked(
+    pipeline: Any, output_dir: Any, image_dir: Any, steps_per_call: Any, seed: Any, max_bytes: Any
+) -> None:
+    """Raises ValueError for an argument of `record` that cannot be, whatever the pipeline."""
+    check_argument("pipeline", pipeline, isinstance(pipeline, DiffusionPipeline), "a pipeline of diffusers")
+    check_path("output_dir", output_dir)
+    check_path("image_dir", image_dir)
+    check_whole("steps_per_call", steps_per_call, 1)
+    check_seed("seed", seed)
+    if max_bytes is not None:
+        check_whole("max_bytes", max_bytes, 1)
 
 
 def check_largest(denoiser: Any, component: str, calls: Sequence[Mapping[str, Any]]) -> None:

@@ -146,7 +146,7 @@ def test_data_sets(folder, tmp_path, column, format):
     dataset = datasets.Dataset.from_dict({"image": values[column], "text": list(CASES)})
     if column == "image":
         dataset = dataset.cast_column("image", datasets.Image())
-    dataset.with_format(format).save_to_disk(tmp_path / "saved")
+    dataset.with_format(format).save_to_disk(str(tmp_path / "saved"))
     loaded = load_dataset_split(str(tmp_path / "saved")).with_format(format)
     captions = [text for (text,) in dataset_captions(loaded)]
     assert captions == list(CASES)

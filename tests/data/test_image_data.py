@@ -147,7 +147,7 @@ def table():
 
 @pytest.mark.parametrize("splits", [False, True])
 def test_a_saved_data_set_is_loaded(table, tmp_path, splits):
-    (datasets.DatasetDict(train=table) if splits else table).save_to_disk(tmp_path / "set")
+    (datasets.DatasetDict(train=table) if splits else table).save_to_disk(str(tmp_path / "set"))
     images = dataset_images(load_dataset_split(str(tmp_path / "set")), label_column="label")
     check_images(images)
     assert images.labels == [0, 1, 0, 1, 1]
@@ -159,6 +159,6 @@ def test_what_a_data_set_lacks_is_named(table, tmp_path):
         dataset_images(table, "picture")
     with pytest.raises(ValueError, match="'caption' holds 'a'; class labels must be whole numbers"):
         dataset_images(table, label_column="caption")
-    datasets.DatasetDict(test=table).save_to_disk(tmp_path / "set")
+    datasets.DatasetDict(test=table).save_to_disk(str(tmp_path / "set"))
     with pytest.raises(ValueError, match="no split 'train'; its splits: test"):
         load_dataset_split(str(tmp_path / "set"))

@@ -13,6 +13,7 @@ from cyclopts import CycloptsError
 from digits_dit import demo_words
 from docs.snippets import BENCHMARKS, PAGES, Block, blocks, blocks_of, read
 from recipes.conftest import load_recipe
+from versions import skip_if_older
 
 from ofadiff.commands.app import make_app
 from ofadiff.commands.command import script
@@ -36,7 +37,12 @@ def python(words):
         name, words = "demo.py", demo_words(words)
     if name == "demo.py" or folder == "recipes":
         return parse(load_recipe(name), words)
-    module, tree = importlib.import_module(f"benchmarks.{name[:-3]}"), ast.parse(read(path))
+    try:
+        module = importlib.import_module(f"benchmarks.{name[:-3]}")
+    except ImportError as error:
+        skip_if_older("diffusers", str(error.name))
+        raise
+    tree = ast.parse(read(path))
     calls = [each for each in ast.walk(tree) if isinstance(each, ast.Call) and isinstance(each.func, ast.Name)]
     for call in calls:
         if call.func.id == "script":

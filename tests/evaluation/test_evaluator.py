@@ -142,7 +142,7 @@ def test_what_cannot_work_is_said_before_sampling(pipeline, teacher, reference, 
     fails("'a/b' cannot be the name of a pipeline to compare with", compare={"a/b": pipeline})
     fails("'OFA' cannot be the name", compare={"OFA": pipeline})
     fails("save_reference_statistics needs reference images", save_reference_statistics=tmp_path / "real.safetensors")
-    fails("num_shown is 0; it must be at least 1", num_shown=0)
+    fails("num_shown is 0; it must be a whole number of at least 1", num_shown=0)
     statistics = FeatureStatistics(torch.zeros(6), torch.eye(6), 9, "other", "none", "16x16")
     statistics.save(tmp_path / "statistics" / "real.safetensors")
     fails("are those of the extractor 'other', not 'tiny'", reference=tmp_path / "statistics" / "real.safetensors")

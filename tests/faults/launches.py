@@ -42,11 +42,11 @@ def stream(originals):
     return Launch("compress_sd.py", words)
 
 
-def recordings(originals):
+def recordings(originals, **changes):
     """`compress_any.py` on what a pipeline's own calls gave."""
     data = {"pretrained_model_name_or_path": originals / "ddpm", "calls_file": originals / "calls.jsonl"}
     data |= {"recordings_dir": originals / f"recordings-{os.getpid()}", "steps_per_call": 2}
-    return Launch("compress_any.py", words_of({**data, **TINY}))
+    return Launch("compress_any.py", words_of({**data, **TINY, **changes}))
 
 
 # What is killed, and must end bit for bit as what was never killed.

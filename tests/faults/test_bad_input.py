@@ -752,7 +752,7 @@ PUBLIC = [
     Case("record: no steps", recorded([{"batch_size": 1}], steps_per_call=0), ("steps_per_call", "0")),
     Case("find_schedule: a budget that is no number", looked_for(budget=float("nan")), ("nan",)),
     Case("find_schedule: a budget of nothing", looked_for(budget=0.0), ("0",)),
-    Case("find_schedule: no steps", looked_for(num_inference_steps=0), ("num_inference_steps 0",)),
+    Case("find_schedule: no steps", looked_for(num_inference_steps=0), ("num_inference_steps is 0",)),
 ]
 
 

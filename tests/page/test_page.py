@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from versions import skip_if_older
 
 from ofadiff.page.form import Request
 
@@ -67,7 +68,8 @@ def address(server):
 def ask(address, event="draw", **changed):
     """What a drawing ends with: either an error's words, or the outputs of the page."""
     url = f"{address}gradio_api/call/{event}"
-    data = json.dumps({"data": [*{**FIELDS, **changed}.values()]}).encode()
+    # The last one is what the page remembers, which an older gradio wants from its callers too.
+    data = json.dumps({"data": [*{**FIELDS, **changed}.values(), None]}).encode()
     post = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(post) as answer:
         number = json.load(answer)["event_id"]
@@ -203,7 +205,7 @@ def test_a_visit(address, browser):
     visitor.draw()
     original = visitor.picture("original", "the largest size, 1.0")
     small = visitor.picture("chosen", "size 0.6")
-    assert "M (100.0%)" in visitor.find("#original-caption").text and "60.5%" in visitor.find("#chosen-caption").text
+    assert "M (100.0%)" in visitor.find("#original-caption").text and "MACs 60." in visitor.find("#chosen-caption").text
     visitor.choose("1.0")
     large = visitor.picture("chosen", "size 1.0", other_than=small)
     visitor.choose("schedule fast")
@@ -216,7 +218,10 @@ def test_a_visit(address, browser):
     visitor.picture("chosen", "size 0.6", other_than=small)
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [each["params"]["request"]["url"] for each in sent if each["method"] == "Network.requestWillBeSent"]
-    assert urls and all(url.startswith((address, "data:", "blob:")) for url in urls)
+    elsewhere = [url for url in urls if not url.startswith((address, "data:", "blob:"))]
+    if elsewhere and all("/iframe-resizer/" in url for url in elsewhere):
+        skip_if_older("gradio", "iframe-resizer of its own, and loads it from the network")
+    assert urls and not elsewhere
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", ROOT / "pyproject.toml", "model_index.json"])

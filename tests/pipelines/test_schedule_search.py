@@ -182,7 +182,7 @@ def test_bad_input_is_one_sentence_before_anything_is_sampled(pipeline, folder, 
     with pytest.raises(ValueError, match="one size alone"):
         search(one, 0.8)
     for other in (pipeline.extract(0.6), DDPMPipeline.from_pretrained(folder)):
-        with pytest.raises(ValueError, match="this DDPMPipeline has no sizes; pass what OFAPipeline"):
+        with pytest.raises(ValueError, match="the pipeline, of DDPMPipeline, has no sizes; pass what OFAPipeline"):
             search(other, 0.8)
     with pytest.raises(ValueError, match="call 1 has a generator"):
         find_schedule(pipeline, [{"generator": torch.Generator()}], 0.8)

@@ -264,7 +264,7 @@ def test_a_saved_data_set_takes_the_place_of_a_folder(run, files, tmp_path):
     pictures = [str(path) for path in sorted((files / "images").rglob("*.png"))]
     columns = {"picture": pictures, "kind": [index % 3 for index in range(len(pictures))]}
     features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("int64")})
-    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "set")
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "set"))
     source = {"train_data_dir": None, "dataset_name": tmp_path / "set", "image_column": "picture"}
     source |= {"label_column": "kind", "report_to": "tensorboard"}
     assert run(pretrained_model_name_or_path=files / "conditional", max_train_steps=1, **source).steps == 1

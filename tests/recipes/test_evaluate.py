@@ -267,7 +267,7 @@ def test_statistics_stand_in_for_images(flags, files, tmp_path, capsys, monkeypa
 def test_a_data_set_is_a_reference(flags, files, tmp_path):
     paths = [str(path) for path in sorted((files / "images").iterdir())]
     images = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
-    datasets.DatasetDict({"validation": images}).save_to_disk(tmp_path / "data")
+    datasets.DatasetDict({"validation": images}).save_to_disk(str(tmp_path / "data"))
     options = {"teacher": None, "metrics": "kid", "sizes": "0.5"}
     main(flags(reference_dir=None, reference_dataset_name=tmp_path / "data", **options))
     main(flags(output_dir=tmp_path / "other", **options))

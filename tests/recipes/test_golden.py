@@ -18,6 +18,7 @@ from PIL import Image
 from recipes.test_compress_ddpm import save_teacher
 from recipes.test_compress_dit import CLASSES, make_transformer
 from recipes.tiny_stable_diffusion import make_vae, save_captioned_images, save_stable_diffusion
+from versions import skip_if_older
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +103,8 @@ def test_a_short_run_has_the_losses_that_it_always_had(recipe, words, tmp_path, 
     if os.environ.get("GOLDEN") == "write":
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(found, indent=2) + "\n")
+    if name == "text_to_image":
+        skip_if_older("transformers", "text encoder of the same random weights")
     kept = json.loads(file.read_text())
     assert found["sizes"] == kept["sizes"]
     assert found["losses"] == pytest.approx(kept["losses"], rel=ROUNDING)

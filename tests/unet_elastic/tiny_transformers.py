@@ -915,9 +915,17 @@ TINY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 FORMERLY: dict[str, dict[str, Any]] = {"QwenImageTransformer2DModel": {"txt_seq_lens": lambda n: [6] * n}}
 
 
+# Whose attention a rule names, where an older class has another one.
+ATTENTIONS = {
+    "SkyReelsV2Transformer3DModel": "diffusers.models.transformers.transformer_skyreels_v2.SkyReelsV2Attention",
+}
+
+
 def tiny(name: str, **changes: Any) -> ModelMixin:
     """The tiny model of a class in eval mode; zero-initialised weights are made random, so that every block counts."""
     torch.manual_seed(0)
+    if name in ATTENTIONS:
+        since(ATTENTIONS[name])
     model = since(f"diffusers.{name}")(**{**TINY[name][0], **changes}).eval()
     for parameter in model.parameters():
         if parameter.numel() and (parameter.ndim < 2 or not parameter.any()):

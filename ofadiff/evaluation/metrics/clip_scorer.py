@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ofadiff.reading.stumbles import in_one_sentence
+
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 
 
@@ -31,12 +33,14 @@ class ClipScorer:
         except ImportError as error:
             raise ImportError("the CLIP score needs transformers: pip install ofadiff[eval]") from error
 
+        cannot = f"the CLIP model {name_or_path} cannot be loaded"
         try:
-            self.tokenizer = CLIPTokenizer.from_pretrained(name_or_path)
-            self.image_processor = CLIPImageProcessor.from_pretrained(name_or_path)
-            model, loading = CLIPModel.from_pretrained(name_or_path, output_loading_info=True, use_safetensors=True)
+            with in_one_sentence(cannot):
+                self.tokenizer = CLIPTokenizer.from_pretrained(name_or_path)
+                self.image_processor = CLIPImageProcessor.from_pretrained(name_or_path)
+                model, loading = CLIPModel.from_pretrained(name_or_path, output_loading_info=True, use_safetensors=True)
         except OSError as error:
-            raise ValueError(f"the CLIP model {name_or_path} cannot be loaded: {error}") from error
+            raise ValueError(f"{cannot}: {error}") from error
         if loading["missing_keys"]:
             # transformers fills them with noise, and noise has a score too.
             raise ValueError(
