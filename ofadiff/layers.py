@@ -256,7 +256,8 @@ def _convolved(layer: nn.Module, input: torch.Tensor, weight: torch.Tensor, bias
         )
     ]
     kind = input.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Of the meta device PyTorch does not know it; torch.compile of 2.8 cannot ask `is_autocast_available`.
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else input.dtype
     everywhere = weight.new_zeros(weight.shape[0]) if bias is None else bias
     return everywhere.to(dtype).view(-1, *(1 for _ in lengths)).expand(input.shape[0], -1, *lengths)

@@ -8,7 +8,7 @@ import pytest
 from packaging.version import Version
 
 # The versions that the tests' names are of. In these, or newer ones, a name that is not there is an error.
-NAMES_OF = {"diffusers": "0.42", "transformers": "5.0", "gradio": "6.31"}
+NAMES_OF = {"diffusers": "0.42", "transformers": "5.0", "gradio": "6.31", "torch": "2.9"}
 
 
 def since(path: str) -> Any:

@@ -51,8 +51,10 @@ def read_statistics(reference: Any) -> FeatureStatistics | None:
     Raises:
         ValueError: If it is neither that nor what images may be: None, a path, `Images`, or a tensor of four axes.
     """
-    images = isinstance(reference, Images) or (isinstance(reference, torch.Tensor) and reference.ndim == 4)
-    if reference is not None and not images:
+    if isinstance(reference, torch.Tensor):
+        if reference.ndim != 4:
+            raise ValueError(f"reference is of shape {tuple(reference.shape)}; it must be (N, 3, H, W)")
+    elif reference is not None and not isinstance(reference, Images):
         check_path("reference", reference)
     is_file = isinstance(reference, str | Path) and Path(reference).is_file()
     return FeatureStatistics.load(reference) if is_file else None

@@ -118,10 +118,7 @@ def find_schedule(
         >>> images = pipeline(size="fast", num_inference_steps=3).images
     """
     _check_asked(pipeline, budget, unit)
-    if num_inference_steps is not None:
-        check_whole("num_inference_steps", num_inference_steps, 1)
-    check_dict("arguments", arguments)
-    check_seed("seed", seed)
+    _check_calling(num_inference_steps, arguments, seed)
     budget = float(budget)
     steps_of_all = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
     shared = {**(arguments or {}), **steps_of_all}
@@ -152,6 +149,14 @@ def find_schedule(
         found["evaluations"] = found["cost"] * made
     told = {"unit": unit, "budget": asked, "steps": steps.count, "calls": len(checked)}
     return SizeSchedule(best, {**told, **found})
+
+
+def _check_calling(num_inference_steps: Any, arguments: Any, seed: Any) -> None:
+    """Raises ValueError for what no call of a pipeline can be made with."""
+    if num_inference_steps is not None:
+        check_whole("num_inference_steps", num_inference_steps, 1)
+    check_dict("arguments", arguments)
+    check_seed("seed", seed)
 
 
 def _check_asked(pipeline: OFAPipeline, budget: float, unit: str) -> None:

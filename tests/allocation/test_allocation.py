@@ -96,7 +96,7 @@ def test_bad_input():
         allocate(unet, groups, scores, sizes=())
     with pytest.raises(ValueError, match="budget is 'flops'; it must be one of params, macs, latency, channels"):
         allocate(unet, groups, scores, budget="flops")
-    with pytest.raises(ValueError, match=r"min_keep is -0.1; it must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"min_keep is -0.1; it must be a number in \[0, 1\]"):
         allocate(unet, groups, scores, min_keep=-0.1)
     with pytest.raises(ValueError, match=r"have shape \(3,\); it must be \(8,\)"):
         allocate(unet, groups, {**scores, groups[0].name: torch.ones(3)})
