@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, get_type_hints
 
 from cyclopts import Parameter, Token
+
+from ofadiff.reading.json_file import shown
+from ofadiff.reading.numbers import is_number
 
 
 class Range:
@@ -29,11 +31,13 @@ class Range:
             raise ValueError("there has to be at least one value")
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and not isinstance(number, str) and not self._holds(number):
-                shown = f"{number:g}" if isinstance(number, float) else number
-                raise ValueError(f"'{shown}' is not a {self.what} {self.in_words()}")
+                said = f"{number:g}" if isinstance(number, float) else shown(number)
+                raise ValueError(f"'{said}' is not a {self.what} {self.in_words()}")
 
-    def _holds(self, number: float) -> bool:
-        inside = self.low <= number <= self.high and abs(number) <= sys.float_info.max
+    def _holds(self, number: Any) -> bool:
+        if not is_number(number):
+            return False
+        inside = self.low <= number <= self.high
         at_an_end = (self.ends[0] == "(" and number == self.low) or (self.ends[1] == ")" and number == self.high)
         return inside and not at_an_end
 
