@@ -106,7 +106,8 @@ def largest_unit(model):
 def go_through(accelerator, name, folder, batch_size=1):
     """All phases of a run; the bytes that this process held at most in each, and of what."""
     model = make(name)
-    teacher, prepare = copy_in(model, torch.bfloat16).requires_grad_(False), prepare_for(name)
+    # In bfloat16 its answers would depend on the batch, which the processes share out, by more than weights may differ.
+    teacher, prepare = copy_in(model, torch.float32).requires_grad_(False), prepare_for(name)
     groups, weights = find_channel_groups(model), [*model.parameters()]
     found = {"whole": bytes_of(weights), "whole teacher": bytes_of(teacher.parameters())}
     found["largest tensor"] = max(bytes_of([weight]) for weight in weights)
