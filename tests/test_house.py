@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 # The rooms, each of which may import from those before it. What stands in one line may not import from each other.
 ORDER = [
-    {"options", "old_paths", "dtypes", "values", "diffusers_hooks", "reading"},
+    {"reading"},
+    {"options", "old_paths", "dtypes", "values", "diffusers_hooks"},
     {"channels", "sizes"},
     {"size_schedule", "quantized", "basis"},
     {"layers"},
