@@ -33,14 +33,12 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
 
 def check_whole(name: str, value: Any, least: int) -> None:
     """Raises ValueError unless an argument is a whole number, of Python or numpy, of at least `least`."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    check_argument(name, value, whole and value >= least, f"a whole number of at least {least}")
+    check_argument(name, value, _is_whole(value) and value >= least, f"a whole number of at least {least}")
 
 
 def check_seed(name: str, value: Any) -> None:
     """Raises ValueError unless an argument is a whole number that generators of torch take."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    check_argument(name, value, whole and -(2**63) <= value < 2**63, "a whole number of 64 bits")
+    check_argument(name, value, _is_whole(value) and -(2**63) <= value < 2**63, "a whole number of 64 bits")
 
 
 def check_dict(name: str, value: Any) -> None:
@@ -64,3 +62,7 @@ def check_path(name: str, value: Any) -> None:
     """Raises ValueError unless an argument may be a path, which an empty word is not."""
     check_argument(name, value, isinstance(value, (str, Path)) and str(value) != "", "a path")
     check_argument(name, value, "\0" not in str(value), "a path, which has no null character")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
