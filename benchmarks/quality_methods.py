@@ -171,10 +171,13 @@ class Variant:
 
 
 PLAIN = {"correction_samples": 0}
-ADAMW = {"optimizer": "adamw", "learning_rate": LEARNING_RATE}
+# What one model alone is fine-tuned with; the library's own for all sizes before, with sizes drawn at random.
+COSINE = {"lr_scheduler": "cosine", "ema_decay": EMA_DECAY}
+ADAMW = {"optimizer": "adamw", "learning_rate": LEARNING_RATE, **COSINE}
 
 VARIANTS = {
     "ofadiff": Variant(),
+    "ofadiff-cosine": Variant(compression={"reweight": "linear"}, optimization=COSINE),
     "ofadiff-adamw": Variant(optimization=ADAMW),
     "ofadiff-uncorrected": Variant(compression=PLAIN),
     "ofadiff-adamw-uncorrected": Variant(compression=PLAIN, optimization=ADAMW),
@@ -202,7 +205,6 @@ def run_settings(job: Job, variant: Variant, output: str) -> runs.RunSettings:
         train_batch_size=BATCH_SIZE,
         learning_rate=JOINT_LEARNING_RATE,
         lr_warmup_steps=warmup_steps(job.steps),
-        ema_decay=EMA_DECAY,
         seed=job.seed,
     )
     return runs.RunSettings(
@@ -447,6 +449,9 @@ def library_methods() -> dict[str, Method]:
     alone = {
         "alone": Variant(PLAIN, {"distill_weight": 0.0}, ADAMW),
         "alone_distilled": Variant(PLAIN, {"distill_weight": 1.0}, ADAMW),
+        "alone_distilled_linear": Variant(
+            PLAIN, {"distill_weight": 1.0}, {"optimizer": "adamw", "learning_rate": LEARNING_RATE}
+        ),
         "alone_ours": Variant(),
     }
     for name, variant in alone.items():

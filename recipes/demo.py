@@ -202,7 +202,6 @@ def compression_settings(folder: Path, shown: Demonstrated, settings: Demo) -> R
             max_train_steps=settings.joint_steps,
             train_batch_size=BATCH_SIZE,
             learning_rate=2e-3,
-            ema_decay=0.995,
             seed=settings.seed,
         ),
         watching=Watching(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ofadiff.options import check_options
-from ofadiff.reweight import linear, sandwich, uniform
+from ofadiff.reweight import linear, sandwich, spread, uniform
 
 __all__ = ["STRATEGIES", "sample_size"]
 
 # A new strategy is one file and one line here.
 STRATEGIES: dict[str, Callable[..., float]] = {
+    "spread": spread.spread,
     "linear": linear.linear,
     "uniform": uniform.uniform,
     "sandwich": sandwich.sandwich,
@@ -28,7 +29,7 @@ def sample_size(sizes: Iterable[float], step: int, seed: int, strategy: str = "l
         step: The optimizer step, from 0.
         seed: The run's seed.
         strategy: A name of `STRATEGIES`.
-        **options: Of the strategy; `linear` takes `m`.
+        **options: Of the strategy; `spread` and `linear` take `m`.
 
     Raises:
         ValueError: If the strategy is unknown or takes no such option, or there are no sizes.

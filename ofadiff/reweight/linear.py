@@ -26,8 +26,13 @@ def linear(sizes: Sequence[float], step: int, seed: int, m: float = 3.0) -> floa
     Raises:
         ValueError: If m is not positive and finite.
     """
+    check_m(m)
+    return random.Random(f"{seed} {step}").choices(sizes, weights=linear_weights(len(sizes), m))[0]
+
+
+def check_m(m: float) -> None:
+    """Raises ValueError unless m is positive and finite."""
     if not 0 < m < math.inf:
         raise ValueError(
             f"m is {m}; it must be positive and finite: the weight of the smallest size, where the largest has 1"
         )
-    return random.Random(f"{seed} {step}").choices(sizes, weights=linear_weights(len(sizes), m))[0]

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import whoami
 
 from ofadiff.reading.names import check_links, resolved
-from ofadiff.runs.settings import Optimization, Output, RunSettings, Watching
+from ofadiff.runs.settings import CONSTANT, STRATEGY, Optimization, Output, RunSettings, Watching
 from ofadiff.storage.ofa_config import ADAPTERS_NAME
 from ofadiff.storage.output import check_folder
 from ofadiff.training.checkpoint import check_flags, find_checkpoint, list_checkpoints, read_flags
@@ -34,6 +34,10 @@ MAY_CHANGE = (
 
 # Of runs of all sizes.
 DISTILL_WEIGHT = 4.0
+
+# The share of the steps over which weights are averaged where the learning rate falls to zero, and the longest average.
+AVERAGED_SHARE = 0.05
+LONGEST_AVERAGE = 0.9999
 
 # Rank of what each size has of its own where nothing is trained.
 UNTRAINED_RANK = 8
@@ -98,14 +102,26 @@ def default_optimizer(settings: RunSettings, accelerator: Accelerator, checkpoin
 def with_own_defaults(settings: RunSettings, accelerator: Accelerator, checkpoint: Path | None) -> RunSettings:
     """With what depends on the rest of what was asked for, on the machine, and on a checkpoint to resume from."""
     saved = {} if checkpoint is None else read_flags(checkpoint)
-    return settings.with_defaults(
+    return with_schedule(settings, checkpoint).with_defaults(
         {
             "optimizer": default_optimizer(settings, accelerator, checkpoint),
             "correction_rank": default_correction_rank(settings),
             "correction_ridge": saved.get("correction_ridge"),
             "distill_weight": saved.get("distill_weight", DISTILL_WEIGHT),
+            "reweight": saved.get("reweight", STRATEGY),
         }
     )
+
+
+def with_schedule(settings: RunSettings, checkpoint: Path | None) -> RunSettings:
+    """With a learning rate over time and an average that suits it; a resumed run goes on with those that it had."""
+    saved = {} if checkpoint is None else read_flags(checkpoint)
+    new = "linear" if settings.one_size is None else "cosine"
+    settings = settings.with_defaults({"lr_scheduler": saved.get("lr_scheduler", new)})
+    steps, constant = settings.optimization.max_train_steps, settings.optimization.lr_scheduler == CONSTANT
+    assert steps is not None
+    decay = LONGEST_AVERAGE if constant or not steps else 1 - 1 / (AVERAGED_SHARE * steps)
+    return settings.with_defaults({"ema_decay": saved.get("ema_decay", min(max(decay, 0.0), LONGEST_AVERAGE))})
 
 
 def default_correction_rank(settings: RunSettings) -> int:

@@ -18,7 +18,7 @@ from ofadiff.denoisers.original import Original, cannot_load, read_any_original,
 from ofadiff.dtypes import PRECISIONS
 from ofadiff.extraction.subnet import extract
 from ofadiff.reading.names import resolved
-from ofadiff.runs.checks import begin, check_same_flags
+from ofadiff.runs.checks import begin, check_same_flags, with_schedule
 from ofadiff.runs.recorded import build_recorded
 from ofadiff.runs.result import upload
 from ofadiff.runs.run import Run, build, with_defaults_of
@@ -80,6 +80,7 @@ def start_healing(settings: RunSettings) -> Run:
     settings = with_defaults_of(settings, original).with_defaults({"distill_weight": 1.0})
     run_settings = settings_of_training(settings)
     accelerator, checkpoint = begin(run_settings)
+    run_settings = with_schedule(run_settings, checkpoint)
     if checkpoint is not None:
         check_same_flags(checkpoint, run_settings)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):

@@ -46,6 +46,7 @@ def train_jointly(run: Run, supernet: Supernet | SingleSize) -> TrainingResult:
     if optimization.gradient_checkpointing:
         supernet.model.enable_gradient_checkpointing()
     optimizer = make_optimizer(optimization, supernet)
+    assert optimization.lr_scheduler is not None
     lr_scheduler = get_scheduler(
         optimization.lr_scheduler,
         optimizer,

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
@@ -34,6 +34,10 @@ from ofadiff.values import (
 )
 
 OPTIMIZERS = ("muon", "adamw")
+# How the size of a step is chosen where nothing was asked for, and a run does not go on from another's checkpoint.
+STRATEGY = "spread"
+CONSTANT = "constant_with_warmup"
+LR_SCHEDULERS = ("linear", "cosine", CONSTANT)
 
 # What holds where nothing else is asked for, and the kind of denoiser has no default of its own.
 DEFAULTS: Mapping[str, Any] = {
@@ -185,10 +189,11 @@ class Compression(Bundle):
     """pull of that fit towards the weights as they are; by default the one that serves best a quarter of the samples,
     left out of it
     """
-    reweight: Annotated[str, one_of(STRATEGIES)] = "linear"
-    """how the size of each step is drawn: linear, uniform or sandwich"""
+    reweight: Annotated[str | None, one_of(STRATEGIES)] = None
+    """which size each step trains: spread (weights of equation 6, evenly over the steps; the default), linear (drawn at
+    random with these weights), uniform or sandwich"""
     reweight_m: Annotated[float | None, POSITIVE] = None
-    """of linear (equation 6): how many times more often the smallest size is drawn than the largest; 3 if not given"""
+    """of spread and linear: how many times more often the smallest size is trained than the largest; 3 if not given"""
 
     def criterion_options(self) -> dict[str, float]:
         """Options of the criterion that were asked for. Raises ValueError if it does not take them."""
@@ -200,7 +205,8 @@ class Compression(Bundle):
     def strategy_options(self) -> dict[str, float]:
         """Options of the strategy that were asked for. Raises ValueError if it does not take them."""
         options = {} if self.reweight_m is None else {"m": self.reweight_m}
-        check_options(f"--reweight {self.reweight}", STRATEGIES[self.reweight], options)
+        strategy = self.reweight or STRATEGY
+        check_options(f"--reweight {strategy}", STRATEGIES[strategy], options)
         return options
 
 
@@ -258,8 +264,8 @@ class Optimization(Bundle):
     """of Muon and AdamW alike, after warm-up; 1e-4, for text-to-image models 5e-5; for one size 1e-4 for a LoRA, whose
     few weights begin without effect, and 2e-5 for a whole subnet, which joint training has left close to where it shall
     go"""
-    lr_scheduler: Literal["cosine", "constant_with_warmup"] = "cosine"
-    """learning rate over time"""
+    lr_scheduler: Annotated[str | None, one_of(LR_SCHEDULERS)] = None
+    """learning rate over time: linear (to zero), cosine or constant_with_warmup; linear, for one size cosine"""
     lr_warmup_steps: Annotated[int | None, COUNT_OR_NONE] = None
     """steps over which the learning rate rises; 100, for text-to-image models 500"""
     optimizer: Annotated[str | None, one_of(OPTIMIZERS)] = None
@@ -282,8 +288,9 @@ class Optimization(Bundle):
     """gradients are clipped to this norm"""
     max_skipped_steps: Annotated[int, COUNT] = 10
     """a step whose loss or gradient is not finite is skipped; so many of them in a row stop the run"""
-    ema_decay: Annotated[float, BELOW_ONE] = 0.9999
-    """largest decay of the average of the weights"""
+    ema_decay: Annotated[float | None, BELOW_ONE] = None
+    """largest decay of the average of the weights; by default the average reaches over the last twentieth of the steps,
+    with a constant learning rate 0.9999"""
     offload_ema: bool = False
     """keep that average in main memory; slower"""
     seed: Annotated[int, WHOLE] = 0

@@ -170,12 +170,14 @@ def schedule_of(run: Run) -> Schedule:
     """How long and in which steps the run trains."""
     optimization, compression = run.settings.optimization, run.settings.compression
     one = run.settings.one_size is not None
-    assert optimization.max_train_steps is not None
+    assert optimization.max_train_steps is not None and optimization.ema_decay is not None
+    strategy = "uniform" if one else compression.reweight
+    assert strategy is not None
     return Schedule(
         max_train_steps=optimization.max_train_steps,
         train_batch_size=optimization.train_batch_size,
         seed=optimization.seed,
-        strategy="uniform" if one else compression.reweight,
+        strategy=strategy,
         strategy_options={} if one else compression.strategy_options(),
         max_grad_norm=optimization.max_grad_norm,
         max_skipped_steps=optimization.max_skipped_steps,

@@ -40,6 +40,7 @@ OPTIONS = {
     "checkpointing_steps": 100,
     "lr_warmup_steps": 0,
     "learning_rate": 5e-3,
+    "ema_decay": 0.9,
     "adam_epsilon": 1e-4,
     "feature_distill_weight": 0.1,
 }
