@@ -205,7 +205,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(run, tmp_path, opti
         ({"sizes": "0.5 1.2"}, "'1.2' is not a size"),
         ({"criterion": "tailor"}, "'tailor' is none of taylor, magnitude, random"),
         ({"budget": "money"}, "'money' is none of params, macs, latency, channels"),
-        ({"reweight": "linaer"}, "'linaer' is none of linear, uniform, sandwich"),
+        ({"reweight": "linaer"}, "'linaer' is none of spread, linear, uniform, sandwich"),
         ({"max_train_steps": 1.5}, "'1.5' is not a whole number"),
         ({"train_batch_size": 0}, "'0' is not a whole number of at least 1"),
     ],
