@@ -36,7 +36,7 @@ class Schedule:
         max_train_steps: Optimizer steps of the whole run.
         train_batch_size: Samples per process and micro-step.
         seed: Seed of sizes, samples and noise.
-        strategy: How the size of a step is chosen, a name of `ofadiff.reweight.STRATEGIES`; the recipes take `"spread"`.
+        strategy: How the size of a step is chosen, a name of `ofadiff.reweight.STRATEGIES`; recipes take `"spread"`.
         strategy_options: What the strategy takes, such as `m` of `"linear"` and `"spread"`.
         max_grad_norm: Gradients are clipped to this norm.
         ema_decay: The average's largest decay; early steps use a smaller one, so that short runs average well too.
