@@ -168,6 +168,6 @@ def test_a_run_that_has_left_all_bounds_stops_with_advice(run):
 
 def test_an_unknown_strategy_stops_before_the_first_step(run):
     seen = []
-    with pytest.raises(ValueError, match="accepted: linear"):
+    with pytest.raises(ValueError, match="accepted: spread, linear"):
         run(strategy="largest", on_validation=seen.append)
     assert not seen
