@@ -173,11 +173,13 @@ class Variant:
 PLAIN = {"correction_samples": 0}
 # What one model alone is fine-tuned with; the library's own for all sizes before, with sizes drawn at random.
 COSINE = {"lr_scheduler": "cosine", "ema_decay": EMA_DECAY}
+INDEPENDENT = {"stratify_timesteps": False}
 ADAMW = {"optimizer": "adamw", "learning_rate": LEARNING_RATE, **COSINE}
 
 VARIANTS = {
     "ofadiff": Variant(),
-    "ofadiff-cosine": Variant(compression={"reweight": "linear"}, optimization=COSINE),
+    "ofadiff-cosine": Variant({"reweight": "linear"}, INDEPENDENT, COSINE),
+    "ofadiff-independent": Variant(losses=INDEPENDENT),
     "ofadiff-adamw": Variant(optimization=ADAMW),
     "ofadiff-uncorrected": Variant(compression=PLAIN),
     "ofadiff-adamw-uncorrected": Variant(compression=PLAIN, optimization=ADAMW),
@@ -447,8 +449,9 @@ def library_methods() -> dict[str, Method]:
         train = functools.partial(train_library, variant=Variant(compression=changes))
         made[name] = Method(train, each_size=False, share="none")
     alone = {
-        "alone": Variant(PLAIN, {"distill_weight": 0.0}, ADAMW),
-        "alone_distilled": Variant(PLAIN, {"distill_weight": 1.0}, ADAMW),
+        "alone": Variant(PLAIN, {"distill_weight": 0.0, **INDEPENDENT}, ADAMW),
+        "alone_distilled": Variant(PLAIN, {"distill_weight": 1.0, **INDEPENDENT}, ADAMW),
+        # With the joint run's learning rate over time, average and noise levels.
         "alone_distilled_linear": Variant(
             PLAIN, {"distill_weight": 1.0}, {"optimizer": "adamw", "learning_rate": LEARNING_RATE}
         ),

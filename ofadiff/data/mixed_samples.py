@@ -32,10 +32,16 @@ class MixedSamples:
         return self.recorded[key] if index < count else self.images[index - count, seed]
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: `parts` of the recorded calls, `images`, a batch of the others if there are any, and all `seeds`."""
+        """A batch: `parts` of the recorded calls, `images`, a batch of the others if there are any, and of all samples
+        their `seeds` and whether they `are_images`, `(N,)`.
+        """
         recorded = [sample for sample in samples if "call" in sample]
         images = [sample for sample in samples if "call" not in sample]
         batch = self.recorded.collate(recorded)
         if images:
             batch["images"] = default_collate(images)
-        return {**batch, "seeds": torch.tensor([int(sample["seeds"]) for sample in samples])}
+        return {
+            **batch,
+            "seeds": torch.tensor([int(sample["seeds"]) for sample in samples]),
+            "are_images": torch.tensor(["call" not in sample for sample in samples]),
+        }

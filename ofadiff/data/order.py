@@ -88,8 +88,13 @@ def step_batches(
     for step in steps:
         keys = draw_keys(count, range(step * per_step, (step + 1) * per_step), seed)
         for micro_step in range(micro_steps):
-            first = (micro_step * processes + process) * batch_size
-            yield keys[first : first + batch_size]
+            yield keys[share_of_step(micro_step, batch_size, process, processes)]
+
+
+def share_of_step(micro_step: int, batch_size: int, process: int, processes: int) -> slice:
+    """Which of a step's samples are the batch of one micro-step on one process."""
+    first = (micro_step * processes + process) * batch_size
+    return slice(first, first + batch_size)
 
 
 def load_batches(data: Samples, batches: Iterable[Sequence[Key]], num_workers: int = 0) -> DataLoader[dict[str, Any]]:

@@ -74,7 +74,12 @@ def prepare_mixed(batch: Batch, recorded: Prepare, images: Prepare) -> list[Deno
         images: Prepares a batch of images.
     """
     prepared = [*parts_of(recorded(batch))]
-    return [*prepared, *parts_of(images(batch["images"]))] if "images" in batch else prepared
+    if "images" not in batch:
+        return prepared
+    pictures = batch["images"]
+    if "quantiles" in batch:
+        pictures = {**pictures, "quantiles": batch["quantiles"][batch["are_images"]]}
+    return [*prepared, *parts_of(images(pictures))]
 
 
 def prepare_batch(
@@ -89,7 +94,8 @@ def prepare_batch(
     Args:
         batch: What `encode` takes; without it, what an `Encoder` gives: `pixel_values`, `(N, C, H, W)` in [-1, 1], or
             the distribution of the latents, `latent_mean` and `latent_std`, `(N, C, H, W)`; the text or the
-            `class_labels`, `(N,)`; and `seeds`, `(N,)`.
+            `class_labels`, `(N,)`; and `seeds`, `(N,)`. Where there are `quantiles` too, `(N,)` in [0, 1), they fix
+            the noise levels, and not the seeds.
         kind: Kind of the denoiser.
         config: Config of the denoiser.
         forward_process: How samples become noisy, such as `diffuse` with its scheduler bound.
@@ -99,7 +105,7 @@ def prepare_batch(
     encoded = batch if encode is None else encode(batch)
     seeds = encoded["seeds"]
     x0 = encoded["pixel_values"] if "pixel_values" in encoded else draw_latents(encoded, seeds)
-    noisy = forward_process(x0, seeds)
+    noisy = forward_process(x0, seeds, quantiles=batch.get("quantiles"))
     arguments = kind.arguments(config, noisy.sample, noisy.timesteps, encoded)
     return DenoiserInputs(arguments, pack_latents(noisy.target, kind.packing), noisy.weight)
 

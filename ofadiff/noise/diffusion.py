@@ -54,7 +54,12 @@ def min_snr_weight(noise_scheduler: Any, timesteps: Tensor, gamma: float) -> Ten
 
 
 def diffuse(
-    x0: Tensor, seeds: Tensor, noise_scheduler: Any, snr_gamma: float | None = None, noise_offset: float = 0.0
+    x0: Tensor,
+    seeds: Tensor,
+    noise_scheduler: Any,
+    snr_gamma: float | None = None,
+    noise_offset: float = 0.0,
+    quantiles: Tensor | None = None,
 ) -> NoisySamples:
     """The forward process of a DDPM-style scheduler.
 
@@ -65,6 +70,7 @@ def diffuse(
         snr_gamma: γ of `min_snr_weight`; None weights all timesteps alike.
         noise_offset: Size of a random shift of each channel's noise, which lets a model learn very dark and very bright
             images.
+        quantiles: Where among all timesteps those of the samples lie, `(N,)` in [0, 1), if the seeds do not fix them.
 
     Raises:
         ValueError: If the scheduler's prediction type is not one of `TARGETS`.
@@ -72,7 +78,8 @@ def diffuse(
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type not in TARGETS:
         raise ValueError(f"unknown prediction type {prediction_type!r}; accepted: {', '.join(TARGETS)}")
-    noise, timesteps = draw_noise(seeds, tuple(x0.shape[1:]), noise_scheduler.config.num_train_timesteps)
+    num_timesteps = noise_scheduler.config.num_train_timesteps
+    noise, timesteps = draw_noise(seeds, tuple(x0.shape[1:]), num_timesteps, quantiles)
     if noise_offset:
         noise = noise + noise_offset * draw_normal(seeds, (x0.shape[1], 1, 1), "noise offset")
     noise, timesteps = noise.to(x0), timesteps.to(x0.device)

@@ -32,7 +32,13 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def interpolate(x0: Tensor, seeds: Tensor, shift: float = 1.0, num_train_timesteps: int = 1000) -> NoisySamples:
+def interpolate(
+    x0: Tensor,
+    seeds: Tensor,
+    shift: float = 1.0,
+    num_train_timesteps: int = 1000,
+    quantiles: Tensor | None = None,
+) -> NoisySamples:
     """The forward process: x_t = (1 − σ) x0 + σ ε, with the velocity ε − x0 as the target.
 
     σ is logit-normal, then shifted (section 3.1, with m = 0 and s = 1).
@@ -42,8 +48,10 @@ def interpolate(x0: Tensor, seeds: Tensor, shift: float = 1.0, num_train_timeste
         seeds: `(N,)`, integers that fix each sample's σ and ε.
         shift: Shift of `shift_sigmas`.
         num_train_timesteps: What σ is counted in.
+        quantiles: Where in their distribution the σ lie, `(N,)` in [0, 1), if the seeds do not fix them.
     """
-    sigmas = shift_sigmas(draw_normal(seeds, (), "sigma").sigmoid(), shift).to(x0)
+    normal = draw_normal(seeds, (), "sigma") if quantiles is None else torch.special.ndtri(quantiles.cpu())
+    sigmas = shift_sigmas(normal.sigmoid(), shift).to(x0)
     noise = draw_normal(seeds, tuple(x0.shape[1:]), "noise").to(x0)
     share = sigmas.view(-1, 1, 1, 1)
     sample = (1 - share) * x0 + share * noise

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -25,5 +25,14 @@ class NoisySamples:
     weight: Tensor
 
 
-# (x0, seeds) -> noisy samples.
-ForwardProcess = Callable[[Tensor, Tensor], NoisySamples]
+class ForwardProcess(Protocol):
+    """How clean samples become noisy, such as `diffuse` with its scheduler bound."""
+
+    def __call__(self, x0: Tensor, seeds: Tensor, *, quantiles: Tensor | None = None) -> NoisySamples:
+        """Noisy samples of `x0`, `(N, C, H, W)`.
+
+        Args:
+            x0: What is denoised.
+            seeds: `(N,)`, integers that fix each sample's noise, and its noise level where there are no quantiles.
+            quantiles: Where in their distribution the noise levels lie, `(N,)` in [0, 1).
+        """

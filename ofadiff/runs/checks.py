@@ -114,10 +114,15 @@ def with_own_defaults(settings: RunSettings, accelerator: Accelerator, checkpoin
 
 
 def with_schedule(settings: RunSettings, checkpoint: Path | None) -> RunSettings:
-    """With a learning rate over time and an average that suits it; a resumed run goes on with those that it had."""
+    """With draws of noise levels, a learning rate over time and an average that suits it; a resumed run goes on with
+    those that it had.
+    """
     saved = {} if checkpoint is None else read_flags(checkpoint)
     new = "linear" if settings.one_size is None else "cosine"
-    settings = settings.with_defaults({"lr_scheduler": saved.get("lr_scheduler", new)})
+    stratified = checkpoint is None or saved.get("stratify_timesteps", False)
+    settings = settings.with_defaults(
+        {"lr_scheduler": saved.get("lr_scheduler", new), "stratify_timesteps": stratified}
+    )
     steps, constant = settings.optimization.max_train_steps, settings.optimization.lr_scheduler == CONSTANT
     assert steps is not None
     decay = LONGEST_AVERAGE if constant or not steps else 1 - 1 / (AVERAGED_SHARE * steps)

@@ -241,6 +241,8 @@ class Losses(Bundle):
     """min-SNR weighting of timesteps with this gamma, such as 5; none by default; for DDPM-style schedulers"""
     noise_offset: Annotated[float, AT_LEAST_ZERO] = 0.0
     """size of a random shift of each channel's noise, such as 0.05; for DDPM-style schedulers"""
+    stratify_timesteps: bool | None = None
+    """spread the noise levels of a step's images evenly, in place of independent draws; yes by default"""
 
 
 @Parameter(name="*", group=Group.create_ordered("training"))
@@ -359,7 +361,7 @@ NOT_FOR_MIXED = (
 NOT_FOR_CALLS = (
     *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column", "resolution"),
     *("random_flip", "distill_weight", "snr_gamma", "noise_offset", "guidance_scale", "validation_inference_steps"),
-    "importance_loss_threshold",
+    *("stratify_timesteps", "importance_loss_threshold"),
 )
 
 

@@ -172,13 +172,14 @@ def schedule_of(run: Run) -> Schedule:
     one = run.settings.one_size is not None
     assert optimization.max_train_steps is not None and optimization.ema_decay is not None
     strategy = "uniform" if one else compression.reweight
-    assert strategy is not None
+    assert strategy is not None and run.settings.losses.stratify_timesteps is not None
     return Schedule(
         max_train_steps=optimization.max_train_steps,
         train_batch_size=optimization.train_batch_size,
         seed=optimization.seed,
         strategy=strategy,
         strategy_options={} if one else compression.strategy_options(),
+        stratify_timesteps=run.settings.losses.stratify_timesteps,
         max_grad_norm=optimization.max_grad_norm,
         max_skipped_steps=optimization.max_skipped_steps,
         ema_decay=optimization.ema_decay,

@@ -38,6 +38,8 @@ class Schedule:
         seed: Seed of sizes, samples and noise.
         strategy: How the size of a step is chosen, a name of `ofadiff.reweight.STRATEGIES`; recipes take `"spread"`.
         strategy_options: What the strategy takes, such as `m` of `"linear"` and `"spread"`.
+        stratify_timesteps: Whether a step's noise levels are spread over all of them, see `stratified_quantiles`, or
+            drawn independently. Recipes spread them. Recorded calls have their own.
         max_grad_norm: Gradients are clipped to this norm.
         ema_decay: The average's largest decay; early steps use a smaller one, so that short runs average well too.
         offload_ema: Whether the average stays in main memory, which costs a copy of the weights per step.
@@ -50,6 +52,7 @@ class Schedule:
     seed: int = 0
     strategy: str = "linear"
     strategy_options: Mapping[str, float] = field(default_factory=dict)
+    stratify_timesteps: bool = False
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9999
     offload_ema: bool = False

@@ -71,6 +71,10 @@ OPTIONAL: dict[str, type] = {
 }
 
 
+# Values of a run that older checkpoints have not kept, as they were then.
+BEFORE = {"stratify_timesteps": False}
+
+
 @dataclass
 class TrainingState:
     """Everything about a run that a checkpoint holds.
@@ -229,7 +233,7 @@ def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
     """Raises ValueError unless the checkpoint was written by a run with these values."""
     saved = read_state(checkpoint, "run")["run"]
     for name in sorted(saved.keys() | run.keys()):
-        _check(Path(checkpoint), name, saved.get(name), run.get(name))
+        _check(Path(checkpoint), name, saved.get(name, BEFORE.get(name)), run.get(name))
 
 
 def read_flags(checkpoint: str | Path) -> dict[str, Any]:

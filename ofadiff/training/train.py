@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 
 from ofadiff.data.captioned_stream import TextToImageStream, load_stream
 from ofadiff.data.images import NAMED
-from ofadiff.data.order import Samples, fixed_batches, load_batches, step_batches
+from ofadiff.data.order import Samples, fixed_batches, load_batches, share_of_step, step_batches
 from ofadiff.data.stream import START
 from ofadiff.denoisers.prepare import DenoiserInputs, parts_of
 from ofadiff.denoisers.table import kind_of_model
-from ofadiff.noise.draws import Batch
+from ofadiff.noise.draws import Batch, stratified_quantiles
 from ofadiff.reweight import sample_size
 from ofadiff.storage.split import gather
 from ofadiff.supernet import Supernet
@@ -250,8 +250,8 @@ class _Run:
         self.supernet.set_size(size)
         step_loss = torch.zeros((), device=device)
         unreadable = torch.zeros((), device=device)
-        for _ in range(accelerator.gradient_accumulation_steps):
-            batch = next(batches)
+        for micro_step in range(accelerator.gradient_accumulation_steps):
+            batch = self._stratified(next(batches), step, micro_step)
             unreadable += batch["unreadable"].sum() if "unreadable" in batch else 0
             step_loss += self._micro_step(batch) / accelerator.gradient_accumulation_steps
         norm = gather(accelerator.clip_grad_norm_(self.trained, self.schedule.max_grad_norm)).to(step_loss)
@@ -277,6 +277,13 @@ class _Run:
         if device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         return values
+
+    def _stratified(self, batch: Batch, step: int, micro_step: int) -> Batch:
+        """With this batch's part of the quantiles of the step's noise levels, if they are stratified."""
+        if not self.schedule.stratify_timesteps:
+            return batch
+        quantiles = stratified_quantiles(self.state.run["samples per step"], step, self.schedule.seed)
+        return {**batch, "quantiles": quantiles[share_of_step(micro_step, self.schedule.train_batch_size, *self.share)]}
 
     def _micro_step(self, batch: Batch) -> Tensor:
         """Forward and backward of one batch; the mean loss."""
@@ -399,6 +406,7 @@ def run_values(accelerator: Accelerator, train_data: TrainData, schedule: Schedu
         "seed": schedule.seed,
         "strategy": schedule.strategy,
         **schedule.strategy_options,
+        "stratify_timesteps": schedule.stratify_timesteps,
         "samples per step": micro_steps * processes * schedule.train_batch_size,
         "training images": str(train_data.stream) if isinstance(train_data, TextToImageStream) else len(train_data),
     }

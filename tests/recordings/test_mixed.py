@@ -60,6 +60,13 @@ def test_every_sample_comes_once_with_its_own_loss(made, tmp_path):
     only_images = data.collate([data[key] for key in keys if key[0] >= recorded])
     assert only_images["parts"] == [] and len(parts_of(run.prepare(only_images))) == 1
     assert "images" not in data.collate([data[key] for key in keys if key[0] < recorded])
+    # Of stratified noise levels each image has its sample's own, and recorded calls have what they had.
+    quantiles = torch.arange(len(keys)) / len(keys)
+    *calls, pictures = parts_of(run.prepare({**batch, "quantiles": quantiles}))
+    own = torch.tensor([index >= recorded for index, _ in keys])
+    assert torch.equal(pictures.arguments["timestep"], (quantiles[own] * 50).long())
+    before = [part.arguments["timestep"] for part in parts[:-1]]
+    assert all(map(torch.equal, (part.arguments["timestep"] for part in calls), before))
 
 
 def test_a_mixed_run_ends_with_all_sizes(made, tmp_path):

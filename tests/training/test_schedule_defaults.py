@@ -7,6 +7,7 @@ import pytest
 
 from ofadiff.runs.checks import with_schedule
 from ofadiff.runs.settings import Data, Model, OneSize, Optimization, Output, RunSettings
+from ofadiff.training.checkpoint import check_same_run, read_state
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "written_before_the_move" / "run" / "checkpoint-2"
 
@@ -50,3 +51,13 @@ def test_what_was_asked_for_stays():
 
 def test_a_run_begun_before_goes_on_with_its_cosine_and_its_average():
     assert chosen(settings(), CHECKPOINT) == ("cosine", 0.9999)
+
+
+def test_noise_levels_are_stratified_but_where_a_run_was_begun_without():
+    assert with_schedule(settings(), None).losses.stratify_timesteps is True
+    assert with_schedule(replace(settings(), one_size=OneSize(size=0.5)), None).losses.stratify_timesteps is True
+    assert with_schedule(settings(), CHECKPOINT).losses.stratify_timesteps is False
+    run = read_state(CHECKPOINT, "run")["run"]
+    check_same_run(CHECKPOINT, {**run, "stratify_timesteps": False})
+    with pytest.raises(ValueError, match="its stratify_timesteps is False, this run's is True"):
+        check_same_run(CHECKPOINT, {**run, "stratify_timesteps": True})

@@ -107,11 +107,22 @@ def test_training_lowers_the_loss_of_every_size(run):
     assert all(result.history[40][size] < result.history[0][size] for size in (0.5, 0.75, 1.0))
 
 
-def test_accumulated_micro_steps_make_the_same_step(run, make_accelerator):
-    options = {"optimizer": torch.optim.SGD, "lr": 0.1}
+@pytest.mark.parametrize("stratify", [False, True])
+def test_accumulated_micro_steps_make_the_same_step(run, make_accelerator, stratify):
+    options = {"optimizer": torch.optim.SGD, "lr": 0.1, "stratify_timesteps": stratify}
     whole, _ = run(**options)
     micro, _ = run(accelerator=make_accelerator(gradient_accumulation_steps=4), train_batch_size=1, **options)
     close(whole, micro, atol=1e-6, rtol=1e-4)
+
+
+def test_stratified_noise_levels_train_otherwise_and_resume_only_as_they_were(run, tmp_path):
+    options = {"checkpointing_steps": 2, "stratify_timesteps": True}
+    whole, _ = run(output_dir=tmp_path / "run", **options)
+    assert not same(whole, run()[0])
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert same(whole, run(output_dir=tmp_path / "run", resume_from=checkpoint, **options)[0])
+    with pytest.raises(ValueError, match="its stratify_timesteps is True, this run's is False"):
+        run(output_dir=tmp_path / "run", resume_from=checkpoint)
 
 
 def test_gradient_checkpointing_makes_the_same_steps(run):
