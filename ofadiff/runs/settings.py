@@ -241,7 +241,7 @@ class Losses(Bundle):
     """min-SNR weighting of timesteps with this gamma, such as 5; none by default; for DDPM-style schedulers"""
     noise_offset: Annotated[float, AT_LEAST_ZERO] = 0.0
     """size of a random shift of each channel's noise, such as 0.05; for DDPM-style schedulers"""
-    stratify_timesteps: bool | None = None
+    stratify_timesteps: Annotated[bool | None, Parameter(negative="--no-stratify_timesteps")] = None
     """spread the noise levels of a step's images evenly, in place of independent draws; yes by default"""
 
 
