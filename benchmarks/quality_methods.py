@@ -32,6 +32,7 @@ from ofadiff.commands.compress import make_supernet
 from ofadiff.data.order import fixed_batches
 from ofadiff.noise.draws import Batch
 from ofadiff.profiling.cost import count_parameters
+from ofadiff.runs.healing import make_single_size, save_healed, start_healing
 from ofadiff.sizes import TOLERANCE
 from ofadiff.supernet import Supernet
 from ofadiff.training.distill import block_outputs, distillation_loss
@@ -41,6 +42,9 @@ LEARNING_RATE = 5e-4
 
 # Of Muon, with which the library trains all sizes.
 JOINT_LEARNING_RATE = 2e-3
+# Of the LoRA that the largest size gets after a joint run, for a fifth of its steps.
+HEALED = "ofadiff_healed"
+HEALING_RANK, HEALING_LEARNING_RATE = 16, 3e-3
 NEVER = 10**6
 # Weight of the relative distance of block outputs where whole blocks are removed.
 FEATURE_WEIGHT = 0.1
@@ -230,6 +234,37 @@ def train_library(job: Job, variant: Variant) -> Mapping[str, Any]:
     supernet = make_supernet(run)
     runs.save(run, supernet, runs.train_jointly(run, supernet))
     return {}
+
+
+def train_healed(job: Job) -> Mapping[str, Any]:
+    """The joint run of the method `ofadiff`, and a LoRA that the largest size alone has, taught by the teacher."""
+    joint = job.folder.with_name(job.folder.name.replace(HEALED, "ofadiff")) / "supernet"
+    if not joint.exists():
+        raise ValueError(
+            f"{joint} is not there: the method {HEALED} heals what the method ofadiff has made; run that first"
+        )
+    steps = max(1, job.steps // len(job.sizes))
+    settings = run_settings(job, Variant(), str(job.folder / "supernet"))
+    run = start_healing(
+        replace(
+            settings,
+            model=runs.Model(pretrained_model_name_or_path=str(joint)),
+            one_size=runs.OneSize(
+                size="largest", lora_rank=HEALING_RANK, teacher_model_name_or_path=str(job.place.teacher_folder)
+            ),
+            compression=runs.Compression(),
+            optimization=runs.Optimization(
+                max_train_steps=steps,
+                train_batch_size=BATCH_SIZE,
+                learning_rate=HEALING_LEARNING_RATE,
+                lr_warmup_steps=warmup_steps(steps),
+                seed=job.seed,
+            ),
+        )
+    )
+    single = make_single_size(run)
+    save_healed(run, single, runs.train_jointly(run, single), job.folder / "supernet")
+    return {"healing_steps": steps}
 
 
 def cut_alone(job: Job) -> Supernet:
@@ -469,6 +504,7 @@ METHODS: dict[str, Method] = {
     "cut_paper": Method(train_printed, each_size=False, share="none"),
     **library_methods(),
     "scratch": Method(train_scratch, each_size=True),
+    HEALED: Method(train_healed, each_size=False),
     "torch_pruning": Method(train_torch_pruning, each_size=True),
     "blocks": Method(train_blocks, each_size=True),
 }
