@@ -41,6 +41,7 @@ from ofadiff.values import COUNT, COUNT_OR_NONE, Bundle, one_of
 
 PARTS = ("judging", "tuning")
 TEACHER = "teacher"
+OURS = "ofadiff"
 DEFAULT_METHODS = (
     *("cut_paper", "cut_ofadiff", "paper", "ofadiff", "alone_share", "alone_share_distilled", "alone"),
     *("alone_distilled", "scratch", "torch_pruning", "blocks"),
@@ -289,7 +290,8 @@ def draw(results: Results, file: Path) -> None:
         len(shown), len(results), figsize=(6.5 * len(results), 10), squeeze=False, layout="constrained"
     )
     names = [name for name in METHODS if any(name in methods for methods in results.values())]
-    colours = {name: pyplot.colormaps["tab20"](index % 20) for index, name in enumerate(names)}
+    colormap = pyplot.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    colours = {name: colormap(index % 20) for index, name in enumerate(names)}
     for column, (study, methods) in enumerate(results.items()):
         for row, (metric, label) in enumerate(shown.items()):
             axis = axes[row, column]
@@ -326,7 +328,7 @@ def draw_line(axis: Any, rows: Mapping[float, Mapping[str, Mapping[int, float]]]
         return
     # Whole blocks have sizes of their own.
     shares, means, lows, highs = zip(*sorted(points), strict=True)
-    axis.plot(shares, means, marker="o", markersize=4, color=colour, label=name)
+    axis.plot(shares, means, marker="o", markersize=4, color=colour, label=name, linewidth=3 if name == OURS else 1.5)
     axis.fill_between(shares, lows, highs, color=colour, alpha=0.2)
 
 
