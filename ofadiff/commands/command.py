@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, Parameter, ValidationError
 from cyclopts.config import Yaml
 
 from ofadiff.commands.processes import end_by_signal, preemption_as_ctrl_c, who_fails
-from ofadiff.evaluation.finite import NotFiniteError
+from ofadiff.storage.finite import NotFiniteError
 
 EPILOGUE = (
     "`--config FILE` reads flags from a YAML file of `flag: value` lines; flags on the command line win. "

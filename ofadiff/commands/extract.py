@@ -15,6 +15,7 @@ from ofadiff.pipelines import OFAPipeline
 from ofadiff.profiling.cost import count_parameters
 from ofadiff.reading.names import check_variant
 from ofadiff.sizes import SizeTable
+from ofadiff.storage.finite import check_finite_pipeline
 from ofadiff.storage.ofa_config import read_ofa_config
 from ofadiff.storage.output import check_folder
 from ofadiff.storage.pipeline_folder import find_denoisers
@@ -48,6 +49,7 @@ def extract(*, extraction: Extraction) -> list[Path]:
 
     Raises:
         ValueError: If the checkpoint is none, has no such size, or a folder exists already; before anything is written.
+            If a size's weights are not finite, or too large for float16; before that size is written.
     """
     checkpoint, dtype = Path(extraction.checkpoint), DTYPES[extraction.dtype]
     denoiser, *others = find_denoisers(checkpoint)
@@ -65,7 +67,9 @@ def extract(*, extraction: Extraction) -> list[Path]:
         for each in (denoiser, *others):
             if pipeline.components[each].dtype != dtype:
                 pipeline.components[each].to(dtype)
-        pipeline.extract(size).save_pretrained(folder, variant=extraction.save_variant)
+        extracted = pipeline.extract(size)
+        check_finite_pipeline(extracted, f"size {size:g} in {extraction.dtype}")
+        extracted.save_pretrained(folder, variant=extraction.save_variant)
         params = count_parameters(pipeline.components[denoiser])
         healed = ", its adapter merged" if adapter_folder(checkpoint / denoiser, size).is_dir() else ""
         print(

@@ -20,6 +20,7 @@ from ofadiff.noise.noisy_samples import ForwardProcess
 from ofadiff.reading.json_file import read_object
 from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.sizes import CONFIG_NAME
+from ofadiff.storage.finite import check_finite_pipeline
 from ofadiff.storage.model_classes import model_class
 from ofadiff.storage.strangers import check_no_code, check_pipeline, empty_model
 
@@ -101,7 +102,7 @@ class Original:
         """The pipeline in full precision, without a safety checker.
 
         Raises:
-            ValueError: If it cannot be loaded.
+            ValueError: If it cannot be loaded, or has weights that are not finite.
         """
         index = DiffusionPipeline.load_config(self.folder)
         without: dict[str, Any] = absent_components(index)
@@ -111,6 +112,7 @@ class Original:
             pipeline = DiffusionPipeline.from_pretrained(
                 self.folder, variant=self.variant, use_safetensors=True, **without
             )
+        check_finite_pipeline(pipeline, self.name)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

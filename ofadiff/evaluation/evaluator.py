@@ -17,7 +17,6 @@ from torch.utils.data import Dataset, Subset
 
 from ofadiff.data.images import Images
 from ofadiff.evaluation.candidates import Candidate, check_pipelines, list_candidates
-from ofadiff.evaluation.finite import NotFiniteError
 from ofadiff.evaluation.metrics import METRICS, Subject, choose_metrics
 from ofadiff.evaluation.metrics.costs import cost_inputs
 from ofadiff.evaluation.preparation import (
@@ -43,6 +42,7 @@ from ofadiff.evaluation.share import Processes, Share, check_accelerator
 from ofadiff.profiling.cost import count_parameters
 from ofadiff.profiling.timing import measure_latencies
 from ofadiff.reading.arguments import check_argument, check_list
+from ofadiff.storage.finite import NotFiniteError
 
 
 def evaluate(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ofadiff.training.validation import NotFiniteError
+from ofadiff.storage.finite import NotFiniteError
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ofadiff.denoisers.pipelines import class_count, denoiser_of
 from ofadiff.evaluation.called import check_one_sample, frames_of, images_of, in_a_row, same_shapes
-from ofadiff.evaluation.finite import NotFiniteError, finite_outputs
+from ofadiff.evaluation.finite import finite_outputs
 from ofadiff.evaluation.saved_images import SavedImages
 from ofadiff.evaluation.share import Processes, Share
 from ofadiff.pipelines import ClassConditionalDDPMPipeline, OFAPipeline
@@ -23,6 +23,7 @@ from ofadiff.pipelines.calls import check_calls, opened, without_bar
 from ofadiff.reading.json_file import shown
 from ofadiff.reading.stumbles import in_one_sentence
 from ofadiff.size_schedule import SizeSchedule
+from ofadiff.storage.finite import NotFiniteError
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from ofadiff.denoisers.pipelines import find_component
@@ -33,6 +34,7 @@ from ofadiff.recordings.folder import (
 )
 from ofadiff.recordings.nested import Tensors, to_spec
 from ofadiff.recordings.recorded_call import answer_of, parameters_of, time_argument
+from ofadiff.storage.finite import NotFiniteError
 from ofadiff.storage.output import check_folder
 from ofadiff.supernet import Supernet
 from ofadiff.supernet_model import SupernetModel, unwrapped
@@ -82,6 +84,8 @@ def record(
     Raises:
         ValueError: If a call cannot be made (before the first one is), the folder holds another recording, `max_bytes`
             is less than one call takes, or an argument of the denoiser cannot be kept.
+        NotFiniteError: If the denoiser answers with values that are not finite: names the call and the step, and keeps
+            nothing of that call.
 
     Example:
         >>> recordings = record(pipeline, [{"num_inference_steps": 3}], "recordings", steps_per_call=2)
@@ -197,13 +201,17 @@ def _record_call(
 ) -> list[_Kept]:
     """What is kept of one call of the pipeline."""
     steps, seed = description["steps_per_call"], description["seed"]
-    recorder = _Recorder(denoiser, description["parameters"], steps, random.Random(f"{seed} steps of call {number}"))
+    draw = random.Random(f"{seed} steps of call {number}")
+    recorder = _Recorder(denoiser, f"call {number + 1}", description["parameters"], steps, draw)
     noise = random.Random(f"{seed} noise of call {number}").getrandbits(63)
     torch.manual_seed(noise)
     options = opened(call)
     if "generator" in inspect.signature(type(pipeline).__call__).parameters and "generator" not in options:
         options["generator"] = torch.Generator().manual_seed(noise)
-    with recorder, in_one_sentence(f"call {number + 1} cannot be made of the {type(pipeline).__name__}"):
+    with (
+        recorder,
+        in_one_sentence(f"call {number + 1} cannot be made of the {type(pipeline).__name__}", NotFiniteError),
+    ):
         pipeline(**options)
     if not recorder.kept:
         raise ValueError(
@@ -219,8 +227,11 @@ class _Recorder:
     How many steps there will be nobody has to know: schedulers, strengths and stages differ.
     """
 
-    def __init__(self, denoiser: nn.Module, parameters: Sequence[str], steps: int, draw: random.Random) -> None:
-        self.denoiser, self.parameters, self.steps, self.draw = denoiser, tuple(parameters), steps, draw
+    def __init__(
+        self, denoiser: nn.Module, call: str, parameters: Sequence[str], steps: int, draw: random.Random
+    ) -> None:
+        self.denoiser, self.call = denoiser, call
+        self.parameters, self.steps, self.draw = tuple(parameters), steps, draw
         self.time = time_argument(self.parameters)
         self.kept: list[list[_Kept]] = []
         self.step, self.last_time = -1, None
@@ -259,6 +270,13 @@ class _Recorder:
             self.kept[place : place + 1] = [self.slot]
 
     def _answered(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        # In every step: what is made of such an answer is no input either.
+        for tensor in tree_leaves(answer_of(output)):
+            if not torch.isfinite(tensor).all():
+                raise NotFiniteError(
+                    f"{self.call}: the {type(module).__name__} answers with values that are not finite at denoising "
+                    f"step {self.step}, in {tensor.dtype}; expected numbers, that a model can learn from"
+                )
         if self.slot is not None and self.taken is not None:
             arguments, by_name, tensors = self.taken
             answer = to_spec(answer_of(output), tensors, "the denoiser's answer")

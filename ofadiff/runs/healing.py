@@ -28,6 +28,7 @@ from ofadiff.runs.tables import loss_table, size_table
 from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.storage.around import copy_pipeline, save_around
 from ofadiff.storage.digest import digest_of_weights
+from ofadiff.storage.finite import check_finite_weights
 from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
 from ofadiff.storage.output import check_folder
 from ofadiff.storage.pipeline_folder import find_denoiser, local_folder
@@ -268,4 +269,5 @@ def load_teacher(
         )
     except (OSError, ValueError) as error:
         raise cannot_load(name, f"a pipeline with a {stock.__name__}", error) from error
+    check_finite_weights(teacher, f"the {component} of {name}")
     return teacher.requires_grad_(False)

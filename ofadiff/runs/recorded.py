@@ -38,6 +38,7 @@ from ofadiff.runs.run import Run, build_inputs, check_run, with_defaults_of
 from ofadiff.runs.settings import Calls, RunSettings
 from ofadiff.runs.size_checks import check_sizes
 from ofadiff.sizes import CONFIG_NAME, SizeTable
+from ofadiff.storage.finite import check_finite_pipeline, check_finite_weights
 from ofadiff.storage.ofa_config import read_ofa_config
 from ofadiff.storage.strangers import check_model, check_pipeline
 from ofadiff.training.sharding import is_sharded
@@ -81,7 +82,7 @@ def checked_calls(original: Original, calls: Calls) -> list[dict[str, Any]]:
 
 
 def load_whole_pipeline(original: Original, dtype: torch.dtype) -> Any:
-    """The pipeline as a user would load it. Raises ValueError if it cannot be loaded."""
+    """The pipeline as a user would load it. Raises ValueError if it cannot be loaded, or its weights are not finite."""
     without = absent_components(DiffusionPipeline.load_config(original.folder))
     sized = any(original.folder.glob(f"*/{CONFIG_NAME}"))
     loader = OFAPipeline if sized else pipeline_class(original)
@@ -89,9 +90,11 @@ def load_whole_pipeline(original: Original, dtype: torch.dtype) -> Any:
         check_pipeline(original.folder, original.variant, without)
         with torch_dtype_taken(), in_one_sentence(f"{original.folder} cannot be loaded"):
             options = {"variant": original.variant, "torch_dtype": dtype, "use_safetensors": True}
-            return loader.from_pretrained(original.folder, **options, **without)
+            pipeline = loader.from_pretrained(original.folder, **options, **without)
     except (AttributeError, OSError, ValueError) as error:
         raise cannot_load(original.name, f"a {pipeline_class(original).__name__}", error) from error
+    check_finite_pipeline(pipeline, original.name)
+    return pipeline
 
 
 def make_recordings(
@@ -148,15 +151,17 @@ def recorded_data(recordings: Recordings, fraction: float, seed: int, joined: bo
 
 
 def load_denoiser(original: Original) -> Any:
-    """The denoiser alone, in full precision. Raises ValueError if it cannot be loaded."""
+    """The denoiser alone, in full precision. Raises ValueError if it cannot be loaded, or is not finite."""
     stock = type(original.denoiser)
     try:
         check_model(original.folder / original.component, stock, original.variant)
-        return stock.from_pretrained(
+        denoiser = stock.from_pretrained(
             original.folder, subfolder=original.component, variant=original.variant, use_safetensors=True
-        ).float()
+        )
     except (OSError, ValueError) as error:
         raise cannot_load(original.name, f"a pipeline with a {stock.__name__}", error) from error
+    check_finite_weights(denoiser, f"the {original.component} of {original.name}")
+    return denoiser.float()
 
 
 def start_recorded(settings: RunSettings) -> Run:

@@ -25,6 +25,7 @@ from ofadiff.denoisers.prepare import DenoiserInputs, parts_of
 from ofadiff.denoisers.table import kind_of_model
 from ofadiff.noise.draws import Batch, stratified_quantiles
 from ofadiff.reweight import sample_size
+from ofadiff.storage.finite import NotFiniteError
 from ofadiff.storage.split import gather
 from ofadiff.supernet import Supernet
 from ofadiff.training.bundles import Objective, Schedule, TrainingResult, Watching
@@ -35,7 +36,6 @@ from ofadiff.training.losses import predict, prediction_loss
 from ofadiff.training.sharding import check_sharding, forget_gathered, is_sharded, shard, split_alone, split_like
 from ofadiff.training.single_size import SingleSize, trained_weights
 from ofadiff.training.validation import (
-    NotFiniteError,
     averaged_weights,
     check_finite,
     validation_loss,

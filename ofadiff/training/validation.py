@@ -15,14 +15,11 @@ from torch import nn
 
 from ofadiff.denoisers.prepare import Prepare, parts_of
 from ofadiff.noise.draws import Batch
+from ofadiff.storage.finite import NotFiniteError
 from ofadiff.supernet import Supernet
 from ofadiff.training.losses import predict, prediction_loss
 from ofadiff.training.sharding import forget_gathered, shard
 from ofadiff.training.single_size import SingleSize
-
-
-class NotFiniteError(RuntimeError):
-    """A model gave values that are not finite, or a number came of them that is not."""
 
 
 def check_finite(loss: float, what: str) -> None:

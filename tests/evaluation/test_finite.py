@@ -9,8 +9,8 @@ from tiny_stable_diffusion import save_stable_diffusion
 
 from ofadiff import OFAPipeline, evaluate
 from ofadiff.evaluation import generate
-from ofadiff.evaluation.finite import NotFiniteError
 from ofadiff.evaluation.share import Processes
+from ofadiff.storage.finite import NotFiniteError
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import training.test_train
 from ofadiff.data.order import step_batches
+from ofadiff.storage.finite import NotFiniteError
 from ofadiff.training.checkpoint import list_checkpoints
-from ofadiff.training.validation import NotFiniteError
 from training.test_train import run, same  # noqa: F401
 from training.tiny_run import make_supernet, make_teacher
 
