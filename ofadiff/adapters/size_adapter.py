@@ -22,8 +22,9 @@ from ofadiff.layers import LowRankUpdate
 from ofadiff.reading.json_file import check_object, read_object
 from ofadiff.reading.names import check_stays
 from ofadiff.reading.tensors import read_tensors
+from ofadiff.sizes import CONFIG_NAME, SizeTable
 from ofadiff.storage.files import written_aside
-from ofadiff.storage.ofa_config import ADAPTERS_NAME
+from ofadiff.storage.ofa_config import ADAPTERS_NAME, read_ofa_config
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -152,6 +153,14 @@ class SizeAdapter:
             weight.copy_(update.add_to(weight))
 
 
+def tensors_of(adapter: SizeAdapter | None) -> dict[str, torch.Tensor]:
+    """What tells an adapter from others: its matrices and their scales; nothing if there is none."""
+    if adapter is None:
+        return {}
+    scales = {f"{name}.scaling": torch.tensor(update.scaling) for name, update in adapter.updates.items()}
+    return {**dict(sorted(adapter.state_dict().items())), **dict(sorted(scales.items()))}
+
+
 def adapter_folder(directory: str | Path, size: float) -> Path:
     """Where a denoiser's folder holds the adapter of a size, if it has one."""
     return Path(directory) / ADAPTERS_NAME / str(float(size))
@@ -186,6 +195,18 @@ def load_size_adapter(directory: str | Path, size: float) -> SizeAdapter | None:
     """
     folder = adapter_folder(directory, size)
     return SizeAdapter.from_pretrained(folder) if folder.is_dir() else None
+
+
+def load_largest_adapter(directory: str | Path) -> SizeAdapter | None:
+    """The adapter of a denoiser at full size: None if it has none, or no sizes at all.
+
+    Raises:
+        FileNotFoundError: If one of its files is missing.
+        ValueError: If it is no plain LoRA.
+    """
+    if not (Path(directory) / CONFIG_NAME).is_file():
+        return None
+    return load_size_adapter(directory, SizeTable.from_dict(read_ofa_config(Path(directory))).sizes[-1])
 
 
 def load_size_adapters(directory: str | Path, sizes: Sequence[float]) -> dict[float, SizeAdapter]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
+from ofadiff.adapters.size_adapter import SizeAdapter, tensors_of
 from ofadiff.denoisers.pipelines import find_component
 from ofadiff.pipelines.calls import check_calls, described, opened, without_bar
 from ofadiff.reading.arguments import check_argument, check_dict, check_path, check_seed, check_whole
@@ -105,7 +106,7 @@ def record(
         "component": name,
         "denoiser": type(denoiser).__name__,
         "dtype": str(denoiser.dtype),
-        "weights": digest_in(denoiser, denoiser.dtype),
+        "weights": digest_in(denoiser, denoiser.dtype, tensors_of(adapter_of(denoiser))),
         "parameters": list(parameters_of(denoiser)),
         "steps_per_call": steps_per_call,
         "seed": seed,
@@ -149,6 +150,14 @@ def check_largest(denoiser: Any, component: str, calls: Sequence[Mapping[str, An
                 f"the {component} would be recorded at size {size}; other sizes learn from its largest: leave out "
                 "size, and set_size('largest')"
             )
+
+
+def adapter_of(denoiser: Any) -> SizeAdapter | None:
+    """The adapter that a denoiser has at the size that is recorded; None for one without sizes."""
+    if not isinstance(denoiser, SupernetModel) or denoiser.ofa_state is None:
+        return None
+    supernet = Supernet.of(denoiser)
+    return supernet.size_adapters.get(supernet.sizes[-1])
 
 
 def check_recordings(folder: Path, description: Mapping[str, Any]) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ofadiff.reading.json_file import check_object, parse_json, read_object, shown
 from ofadiff.reading.tensors import open_tensors, read_metadata
 from ofadiff.recordings.nested import DTYPES, Tensors, digest_of, from_spec, tensor_names, to_spec
 from ofadiff.recordings.recorded_call import Answer, RecordedCall
-from ofadiff.storage.digest import digest_of_weights
+from ofadiff.storage.digest import digest_of_tensors, digest_of_weights
 
 DESCRIPTION_NAME = "recordings.json"
 CALLS = "calls"
@@ -203,7 +203,13 @@ def check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
             )
 
 
-def check_same_model(recordings: Recordings, pipeline: str, component: str, denoiser: nn.Module | None = None) -> None:
+def check_same_model(
+    recordings: Recordings,
+    pipeline: str,
+    component: str,
+    denoiser: nn.Module | None = None,
+    adapter: Mapping[str, Tensor] | None = None,
+) -> None:
     """Raises ValueError if recordings are of another pipeline class, or another denoiser.
 
     Args:
@@ -211,10 +217,11 @@ def check_same_model(recordings: Recordings, pipeline: str, component: str, deno
         pipeline: Class of the pipeline.
         component: What it calls its denoiser.
         denoiser: The denoiser, if its weights shall be compared too.
+        adapter: Tensors of the LoRA that its largest size has beside them.
     """
     expected: dict[str, Any] = {"pipeline": pipeline, "component": component}
     if denoiser is not None:
-        expected |= {"denoiser": type(denoiser).__name__, "weights": digest_in(denoiser, recordings.dtype)}
+        expected |= {"denoiser": type(denoiser).__name__, "weights": digest_in(denoiser, recordings.dtype, adapter)}
     for name, value in expected.items():
         if recordings.description[name] != value:
             raise ValueError(
@@ -223,9 +230,10 @@ def check_same_model(recordings: Recordings, pipeline: str, component: str, deno
             )
 
 
-def digest_in(denoiser: nn.Module, dtype: torch.dtype) -> str:
-    """Digest of weights as they are in a dtype, whichever they were loaded in."""
-    return digest_of_weights(denoiser, dtype)
+def digest_in(denoiser: nn.Module, dtype: torch.dtype, adapter: Mapping[str, Tensor] | None = None) -> str:
+    """Digest of weights as they are in a dtype, whichever they were loaded in, and of what an adapter adds to them."""
+    digest = digest_of_weights(denoiser, dtype)
+    return f"{digest}, with an adapter of {digest_of_tensors(adapter, dtype)}" if adapter else digest
 
 
 def specs_of(args: tuple, kwargs: Mapping[str, Any], parameters: Sequence[str], tensors: Tensors) -> tuple[Any, Any]:

@@ -7,11 +7,18 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedType
 from diffusers import ModelMixin
 
 from ofadiff.adapters.lora_training import add_lora
-from ofadiff.adapters.size_adapter import SizeAdapter, adapter_folder, load_size_adapter, save_size_adapter
+from ofadiff.adapters.size_adapter import (
+    SizeAdapter,
+    adapter_folder,
+    load_largest_adapter,
+    load_size_adapter,
+    save_size_adapter,
+)
 from ofadiff.basis import load_basis
 from ofadiff.denoisers.kind import CAPTIONS
 from ofadiff.denoisers.original import Original, cannot_load, read_any_original, read_original
@@ -21,7 +28,7 @@ from ofadiff.reading.names import resolved
 from ofadiff.runs.checks import begin, check_same_flags, with_schedule
 from ofadiff.runs.recorded import build_recorded
 from ofadiff.runs.result import upload
-from ofadiff.runs.run import Run, build, with_defaults_of
+from ofadiff.runs.run import Run, build, frozen_copy, with_defaults_of
 from ofadiff.runs.settings import OneSize, RunSettings
 from ofadiff.runs.sizes import schedule_of
 from ofadiff.runs.tables import loss_table, size_table
@@ -31,7 +38,7 @@ from ofadiff.storage.digest import digest_of_weights
 from ofadiff.storage.finite import check_finite_weights
 from ofadiff.storage.ofa_config import denoiser_class, read_ofa_config
 from ofadiff.storage.output import check_folder
-from ofadiff.storage.pipeline_folder import find_denoiser, local_folder
+from ofadiff.storage.pipeline_folder import download_own_files, find_denoiser, local_folder
 from ofadiff.storage.strangers import check_model
 from ofadiff.training.bundles import TrainingResult
 from ofadiff.training.checkpoint import DENOISER, check_same_run, list_checkpoints
@@ -240,6 +247,7 @@ def check_teacher(settings: RunSettings, component: str) -> None:
     assert one is not None
     name = one.teacher_model_name_or_path
     if name is None:
+        check_not_own_teacher(settings, component)
         return
     stock = denoiser_class(Path(model.pretrained_model_name_or_path) / component)
     ours = stock.load_config(model.pretrained_model_name_or_path, subfolder=component)
@@ -254,6 +262,20 @@ def check_teacher(settings: RunSettings, component: str) -> None:
             )
 
 
+def check_not_own_teacher(settings: RunSettings, component: str) -> None:
+    """Raises ValueError if the size is the largest of the checkpoint, which teaches, and would learn from itself."""
+    one, losses = settings.one_size, settings.losses
+    assert one is not None
+    directory = Path(settings.model.pretrained_model_name_or_path) / component
+    taught = settings.calls.given or losses.distill_weight != 0 or losses.feature_distill_weight
+    if one.size == SizeTable.from_dict(read_ofa_config(directory)).sizes[-1] and taught:
+        alone = "" if settings.calls.given else ", or --distill_weight 0 to learn from the data alone"
+        raise ValueError(
+            f"size {one.size:g} is the checkpoint's largest, which teaches its other sizes and cannot teach itself: "
+            f"give the original as --teacher_model_name_or_path{alone}"
+        )
+
+
 def load_teacher(
     settings: RunSettings, stock: type[ModelMixin], component: str, accelerator: Accelerator
 ) -> ModelMixin:
@@ -264,10 +286,12 @@ def load_teacher(
     try:
         if Path(name).is_dir():
             check_model(Path(name) / component, stock)
-        teacher = stock.from_pretrained(
-            name, subfolder=component, torch_dtype=precision, use_safetensors=True, **options
-        )
+        folder = Path(name) if Path(name).is_dir() else download_own_files(name, **options)
+        # What it has at full size is merged before the weights are cast.
+        adapter = load_largest_adapter(folder / component)
+        loaded = precision if adapter is None else torch.float32
+        teacher = stock.from_pretrained(name, subfolder=component, torch_dtype=loaded, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise cannot_load(name, f"a pipeline with a {stock.__name__}", error) from error
     check_finite_weights(teacher, f"the {component} of {name}")
-    return teacher.requires_grad_(False)
+    return teacher.requires_grad_(False) if adapter is None else frozen_copy(teacher, precision, adapter)

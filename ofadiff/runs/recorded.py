@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
+from ofadiff.adapters.size_adapter import load_largest_adapter, tensors_of
 from ofadiff.data import order
 from ofadiff.data.mixed_samples import MixedSamples
-from ofadiff.denoisers.copies import copy_in
 from ofadiff.denoisers.original import (
     Original,
     absent_components,
@@ -34,7 +34,7 @@ from ofadiff.recordings.joining import can_be_joined
 from ofadiff.recordings.samples import RecordedSamples
 from ofadiff.runs.checks import begin, with_own_defaults
 from ofadiff.runs.data import RunData
-from ofadiff.runs.run import Run, build_inputs, check_run, with_defaults_of
+from ofadiff.runs.run import Run, build_inputs, check_run, frozen_copy, with_defaults_of
 from ofadiff.runs.settings import Calls, RunSettings
 from ofadiff.runs.size_checks import check_sizes
 from ofadiff.sizes import CONFIG_NAME, SizeTable
@@ -263,7 +263,8 @@ def build_recorded(
     )
     denoiser = load_denoiser(original)
     taught_by = denoiser if teacher is None else load_denoiser(teacher)
-    check_same_model(recordings, pipeline_class(recorded).__name__, recorded.component, taught_by)
+    adapter = load_largest_adapter(recorded.folder / recorded.component)
+    check_same_model(recordings, pipeline_class(recorded).__name__, recorded.component, taught_by, tensors_of(adapter))
     denoiser.eval()
     if settings.compression.budget == "macs" and settings.one_size is None:
         check_sizes(settings.compression, denoiser, inputs=recordings)
@@ -276,7 +277,7 @@ def build_recorded(
     data = recorded_data(recordings, fraction, seed, joined)
     frozen = None
     if settings.losses.feature_distill_weight:
-        frozen = copy_in(taught_by, recordings.dtype).requires_grad_(False)
+        frozen = frozen_copy(taught_by, recordings.dtype, adapter)
     if original.kind.begin_training is not None:
         original.kind.begin_training(denoiser)
     prepare = functools.partial(prepare_recorded, channels=answered_channels(denoiser.config))

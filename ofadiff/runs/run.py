@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from ofadiff.adapters.size_adapter import SizeAdapter, load_largest_adapter
 from ofadiff.denoisers.copies import copy_in
 from ofadiff.denoisers.encoder import Encoder
 from ofadiff.denoisers.kind import CALLS, DenoiserKind
@@ -136,10 +137,19 @@ def build(settings: RunSettings, accelerator: Accelerator, original: Original, c
     """Loads data and models. Raises ValueError if something the user gave cannot work."""
     pipeline, data, prepare, encode = build_inputs(settings, accelerator, original)
     denoiser = pipeline.components[original.component]
-    teacher = copy_in(denoiser, PRECISIONS[accelerator.mixed_precision]).requires_grad_(False)
+    adapter = load_largest_adapter(original.folder / original.component)
+    teacher = frozen_copy(denoiser, PRECISIONS[accelerator.mixed_precision], adapter)
     if original.kind.begin_training is not None:
         original.kind.begin_training(denoiser)
     return Run(settings, accelerator, original, denoiser, data, prepare, teacher, checkpoint, pipeline, encode)
+
+
+def frozen_copy(denoiser: ModelMixin, dtype: torch.dtype, adapter: SizeAdapter | None = None) -> ModelMixin:
+    """A teacher: a copy in a precision, with what an adapter adds to the weights merged before they are cast."""
+    if adapter is not None:
+        denoiser = copy_in(denoiser, torch.float32)
+        adapter.merge_into(denoiser)
+    return copy_in(denoiser, dtype).requires_grad_(False)
 
 
 def build_inputs(

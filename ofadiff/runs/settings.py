@@ -225,7 +225,7 @@ class OneSize(Bundle):
     """ends of the names of the layers that get it; by default every linear map and convolution that sizes cut, which
     is where they differ from the full model"""
     teacher_model_name_or_path: str | None = None
-    """pipeline whose denoiser teaches; the checkpoint at full size by default"""
+    """pipeline whose denoiser teaches; by default the checkpoint at full size, which cannot teach itself"""
 
 
 @Parameter(name="*", group=Group.create_ordered("losses"))

@@ -72,6 +72,11 @@ def local_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
     for_pipeline = {key: kwargs[key] for key in ("proxies", "variant") if key in kwargs}
     folder = DiffusionPipeline.download(str(name_or_path), use_safetensors=True, **options, **for_pipeline)
     # diffusers fetches the files that it knows; the supernet's own lie in the same snapshot.
-    own_files = [f"*/{CONFIG_NAME}", f"*/{BASIS_NAME}", f"*/{ADAPTERS_NAME}/*/*"]
-    snapshot_download(str(name_or_path), allow_patterns=own_files, **options)
+    download_own_files(str(name_or_path), **options)
     return Path(folder)
+
+
+def download_own_files(name: str, **options: Any) -> Path:
+    """What a hub repository has beside the files of diffusers, if it is an OFA checkpoint; returns its snapshot."""
+    own_files = [f"*/{CONFIG_NAME}", f"*/{BASIS_NAME}", f"*/{ADAPTERS_NAME}/*/*"]
+    return Path(snapshot_download(name, allow_patterns=own_files, **options))

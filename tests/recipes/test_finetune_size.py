@@ -120,6 +120,18 @@ def test_a_lora_heals_its_size_and_nothing_else_changes(run, checkpoint, files, 
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (1, 4, ["conv1"])
 
 
+def test_the_full_size_teaches_with_its_own_adapter(run, checkpoint, tmp_path):
+    """Also where the checkpoint is given as the teacher of another one."""
+    first = run(output_dir=tmp_path / "first")
+    shutil.copytree(checkpoint, tmp_path / "plain")
+    healed = run(size="largest", distill_weight=0, learning_rate=0.1, max_train_steps=10).history[10][1.0]
+    assert healed != pytest.approx(first.teacher_loss, rel=1e-2)
+    for number, options in enumerate(({}, {"pretrained_model_name_or_path": tmp_path / "plain"})):
+        given = {"teacher_model_name_or_path": checkpoint, **options} if options else {}
+        taught = run(output_dir=tmp_path / f"copy{number}", **given)
+        assert taught.teacher_loss == pytest.approx(healed, rel=1e-4)
+
+
 def test_a_copy_gets_the_adapter_and_the_checkpoint_stays(run, checkpoint, tmp_path):
     before = contents(checkpoint)
     (tmp_path / "copy").mkdir()
@@ -222,6 +234,8 @@ def test_stable_diffusion(run, files, tmp_path, rank):
         ({"train_data_dir": "nowhere"}, "nowhere is not a folder"),
         ({"validation_prompts": "a house"}, "--validation_prompts is for text-to-image models that are trained"),
         ({"pretrained_model_name_or_path": "/no/such/folder"}, "neither a folder nor the name of a hub repository"),
+        ({"size": 1.0}, r"size 1 is the checkpoint's largest.* --teacher_model_name_or_path, or --distill_weight 0"),
+        ({"size": "largest", "distill_weight": 0, "feature_distill_weight": 1}, "cannot teach itself"),
         ({"teacher_model_name_or_path": "/no/such/folder"}, "cannot load /no/such/folder, expected a pipeline with"),
     ],
 )

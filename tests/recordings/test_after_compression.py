@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from recordings.tiny_pipelines import CALLS
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from torch import nn
 
 import ofadiff
 from ofadiff import OFAPipeline, evaluate, find_channel_groups
+from ofadiff.adapters import SizeAdapter
 from ofadiff.commands.app import make_app
 from ofadiff.commands.command import call
 from ofadiff.evaluation import register_extractor
@@ -44,9 +46,9 @@ def latte(saved, tmp_path_factory):
     return folder, out
 
 
-def heal(latte, out, *extra):
+def heal(latte, out, *extra, checkpoint=None):
     folder, made = latte
-    words = f"heal --pretrained_model_name_or_path {made / 'ofa'} --size 0.8 {TINY} --steps_per_call 1 "
+    words = f"heal --pretrained_model_name_or_path {checkpoint or made / 'ofa'} --size 0.8 {TINY} --steps_per_call 1 "
     words += f"--calls_file {folder / 'calls.jsonl'} --output_dir {out}"
     return call(make_app(), [*words.split(), *extra])
 
@@ -58,6 +60,18 @@ def test_a_size_is_healed_on_recordings_of_the_checkpoint(latte, tmp_path):
     assert torch.equal(recordings[0].replay(full.transformer)[0], recordings[0].answer[0])
     adapted = OFAPipeline.from_pretrained(tmp_path / "healed").supernet.size_adapters
     assert list(adapted) == [0.8]
+
+    # With an adapter the full size answers otherwise, so what was recorded before cannot teach for it.
+    small = full.extract("largest").transformer
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), small)
+    full.supernet.set_size_adapter("largest", SizeAdapter.from_model(small))
+    full.save_pretrained(tmp_path / "adapted")
+    adapted = {"checkpoint": tmp_path / "adapted"}
+    with pytest.raises(ValueError, match=r"recorded of another model: its weights .* with an adapter of SHA-256"):
+        heal(latte, tmp_path / "other", "--recordings_dir", str(recordings.folder), **adapted)
+    heal(latte, tmp_path / "again", "--feature_distill_weight", "0.1", **adapted)
+    recordings = Recordings(f"{tmp_path / 'again'}-full-size-recordings")
+    assert torch.equal(recordings[0].replay(full.transformer)[0], recordings[0].answer[0])
 
 
 def test_a_size_is_healed_on_recordings_of_the_original(latte, tmp_path):
