@@ -280,7 +280,8 @@ class _Recorder:
 
     def _answered(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         # In every step: what is made of such an answer is no input either.
-        for tensor in tree_leaves(answer_of(output)):
+        given = answer_of(output)
+        for tensor in tree_leaves(given):
             if not torch.isfinite(tensor).all():
                 raise NotFiniteError(
                     f"{self.call}: the {type(module).__name__} answers with values that are not finite at denoising "
@@ -288,5 +289,5 @@ class _Recorder:
                 )
         if self.slot is not None and self.taken is not None:
             arguments, by_name, tensors = self.taken
-            answer = to_spec(answer_of(output), tensors, "the denoiser's answer")
+            answer = to_spec(given, tensors, "the denoiser's answer")
             self.slot.append((self.step, arguments, by_name, answer, tensors))

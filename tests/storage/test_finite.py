@@ -70,7 +70,6 @@ def test_answers_that_are_not_finite_are_not_recorded(tmp_path, first_bad):
         output.sample.mul_(1 if calls <= 3 + first_bad else float("inf"))
 
     pipeline.unet.register_forward_hook(overflow)
-    # Only steps that are not kept are bad where it starts late; what follows from them would be recorded.
     options = {"steps_per_call": 1, "progress": False}
     with pytest.raises(NotFiniteError, match=f"call 2: the UNet2DModel .* step {first_bad}, in torch.float32"):
         ofadiff.record(pipeline, [{"num_inference_steps": 3}] * 2, tmp_path / "recordings", **options)
