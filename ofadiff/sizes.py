@@ -77,6 +77,11 @@ class SizeTable(Sequence[Subnet]):
         """The sizes, ascending."""
         return tuple(subnet.size for subnet in self.subnets)
 
+    @property
+    def has_whole(self) -> bool:
+        """Whether the largest size is the whole denoiser, and not cut too."""
+        return self.subnets[-1].params == self.full_params
+
     def __len__(self) -> int:
         return len(self.subnets)
 

@@ -197,8 +197,12 @@ def load_size_adapter(directory: str | Path, size: float) -> SizeAdapter | None:
     return SizeAdapter.from_pretrained(folder) if folder.is_dir() else None
 
 
-def load_largest_adapter(directory: str | Path) -> SizeAdapter | None:
-    """The adapter of a denoiser at full size: None if it has none, or no sizes at all.
+def load_largest_adapter(directory: str | Path, whole: bool = False) -> SizeAdapter | None:
+    """The adapter of a denoiser at its largest size: None if it has none, or no sizes at all.
+
+    Args:
+        directory: The denoiser's folder.
+        whole: None as well if that size is cut, so that the adapter does not fit the whole weights.
 
     Raises:
         FileNotFoundError: If one of its files is missing.
@@ -206,7 +210,10 @@ def load_largest_adapter(directory: str | Path) -> SizeAdapter | None:
     """
     if not (Path(directory) / CONFIG_NAME).is_file():
         return None
-    return load_size_adapter(directory, SizeTable.from_dict(read_ofa_config(Path(directory))).sizes[-1])
+    subnets = SizeTable.from_dict(read_ofa_config(Path(directory)))
+    if whole and not subnets.has_whole:
+        return None
+    return load_size_adapter(directory, subnets.sizes[-1])
 
 
 def load_size_adapters(directory: str | Path, sizes: Sequence[float]) -> dict[float, SizeAdapter]:

@@ -263,12 +263,16 @@ def check_teacher(settings: RunSettings, component: str) -> None:
 
 
 def check_not_own_teacher(settings: RunSettings, component: str) -> None:
-    """Raises ValueError if the size is the largest of the checkpoint, which teaches, and would learn from itself."""
+    """Raises ValueError if the size is the one that teaches, and would learn from itself.
+
+    The whole weights teach on images, the largest size on recordings.
+    """
     one, losses = settings.one_size, settings.losses
     assert one is not None
     directory = Path(settings.model.pretrained_model_name_or_path) / component
-    taught = settings.calls.given or losses.distill_weight != 0 or losses.feature_distill_weight
-    if one.size == SizeTable.from_dict(read_ofa_config(directory)).sizes[-1] and taught:
+    subnets = SizeTable.from_dict(read_ofa_config(directory))
+    distilled = losses.distill_weight != 0 or losses.feature_distill_weight
+    if one.size == subnets.sizes[-1] and (settings.calls.given or (distilled and subnets.has_whole)):
         alone = "" if settings.calls.given else ", or --distill_weight 0 to learn from the data alone"
         raise ValueError(
             f"size {one.size:g} is the checkpoint's largest, which teaches its other sizes and cannot teach itself: "
@@ -288,7 +292,7 @@ def load_teacher(
             check_model(Path(name) / component, stock)
         folder = Path(name) if Path(name).is_dir() else download_own_files(name, **options)
         # What it has at full size is merged before the weights are cast.
-        adapter = load_largest_adapter(folder / component)
+        adapter = load_largest_adapter(folder / component, whole=True)
         loaded = precision if adapter is None else torch.float32
         teacher = stock.from_pretrained(name, subfolder=component, torch_dtype=loaded, use_safetensors=True, **options)
     except (OSError, ValueError) as error:

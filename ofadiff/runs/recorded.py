@@ -277,6 +277,7 @@ def build_recorded(
     data = recorded_data(recordings, fraction, seed, joined)
     frozen = None
     if settings.losses.feature_distill_weight:
+        adapter = load_largest_adapter(recorded.folder / recorded.component, whole=True)
         frozen = frozen_copy(taught_by, recordings.dtype, adapter)
     if original.kind.begin_training is not None:
         original.kind.begin_training(denoiser)

@@ -137,7 +137,7 @@ def build(settings: RunSettings, accelerator: Accelerator, original: Original, c
     """Loads data and models. Raises ValueError if something the user gave cannot work."""
     pipeline, data, prepare, encode = build_inputs(settings, accelerator, original)
     denoiser = pipeline.components[original.component]
-    adapter = load_largest_adapter(original.folder / original.component)
+    adapter = load_largest_adapter(original.folder / original.component, whole=True)
     teacher = frozen_copy(denoiser, PRECISIONS[accelerator.mixed_precision], adapter)
     if original.kind.begin_training is not None:
         original.kind.begin_training(denoiser)

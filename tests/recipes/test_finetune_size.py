@@ -132,6 +132,16 @@ def test_the_full_size_teaches_with_its_own_adapter(run, checkpoint, tmp_path):
         assert taught.teacher_loss == pytest.approx(healed, rel=1e-4)
 
 
+def test_a_largest_size_that_is_cut_learns_from_the_whole_weights(run, files, tmp_path):
+    """Also where it has an adapter, which does not fit them."""
+    unet = DiffusionPipeline.from_pretrained(files / "pixels").unet
+    shutil.copytree(files / "pixels", tmp_path / "checkpoint", ignore=shutil.ignore_patterns("unet"))
+    make_supernet(unet, sizes=(0.5, 0.75)).save_pretrained(tmp_path / "checkpoint" / "unet")
+    run(size="largest")
+    run(size=0.5)
+    assert list(OFAPipeline.from_pretrained(tmp_path / "checkpoint").supernet.size_adapters) == [0.5, 0.75]
+
+
 def test_a_copy_gets_the_adapter_and_the_checkpoint_stays(run, checkpoint, tmp_path):
     before = contents(checkpoint)
     (tmp_path / "copy").mkdir()
